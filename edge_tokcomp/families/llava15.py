@@ -1,0 +1,142 @@
+"""LLaVA-1.5 and its kin (BakLLaVA, ShareGPT4V, the bundled demo): one square crop, CLIP tower with CLS, two-layer MLP.
+
+**Padding.** LLaVA-1.5 was trained on, and llama.cpp feeds, pictures padded to a square with the mean colour. The
+Hugging Face checkpoint's processor crops the centre by default, which loses the edges of every picture that is not
+square; its ``do_pad=True`` gives what is done here.
+
+**Feature layer.** LLaVA takes the next to last hidden state of CLIP: all blocks but the last, no ``post_ln``. Files
+say how many blocks that is in one of two ways. llama.cpp's legacy converter, the only writer of ``mlp`` files in its
+tree, drops the last block and writes ``block_count`` = blocks present (23 for the 24 of ViT-L); when the checkpoint's
+config names a layer it also writes ``feature_layer``, an index into the hidden states: n means the first n blocks.
+Hence ``feature_layer`` where there is one, else ``block_count``, and never one less. (llama.cpp's own tower runs one
+block less than the file counts and puts the CLS row behind the patches; it is no reference.) Blocks beyond the count
+are not run; a count beyond the blocks present is an error.
+
+**GELU.** ``clip.use_gelu`` stands for the ``gelu`` of the checkpoint's config, the exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from edge_tokcomp.errors import ImageError, TokcompError
+from edge_tokcomp.families.base import (
+    Activation,
+    Metadata,
+    Pixels,
+    TowerSpec,
+    projector_type,
+    read_integer,
+    read_number,
+    read_three,
+)
+from edge_tokcomp.tokens import Layout
+
+LONGEST_SIDE = 65_535
+"""Pixels; a longer picture would be padded to a square of gigabytes."""
+
+_STRIP_PIXELS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Llava15:
+    """See the module's text."""
+
+    name: str = "llava15"
+    positions: Literal["contiguous"] = "contiguous"
+    causal: bool = True
+
+    def matches(self, metadata: Metadata) -> bool:
+        # LLaVA-1.6 is an mlp file too, but one picture is several crops there.
+        return projector_type(metadata) == "mlp" and "clip.vision.image_grid_pinpoints" not in metadata
+
+    def spec(self, metadata: Metadata, tensor_names: Collection[str]) -> TowerSpec:
+        if "v.class_embd" not in tensor_names:
+            raise TokcompError(
+                "no class token (v.class_embd), so its tower is not CLIP; LLaVA with another tower is not supported"
+            )
+        if "mm.2.weight" not in tensor_names:
+            raise TokcompError("no mm.2.weight, so its projector is not LLaVA-1.5's two-layer MLP and is not supported")
+        blocks = _feature_layer(metadata)
+        present = sum(f"v.blk.{n}.ln1.weight" in tensor_names for n in range(min(blocks, len(tensor_names))))
+        if blocks != present:
+            raise TokcompError(
+                f"features come after {blocks} blocks, the file holds {present}; convert the model again"
+            )
+        return TowerSpec(
+            family=self.name,
+            image_size=read_integer(metadata, "clip.vision.image_size"),
+            patch_size=read_integer(metadata, "clip.vision.patch_size"),
+            width=read_integer(metadata, "clip.vision.embedding_length"),
+            heads=read_integer(metadata, "clip.vision.attention.head_count"),
+            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
+            blocks=blocks,
+            activation=_activation(metadata),
+            eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
+            image_mean=read_three(metadata, "clip.vision.image_mean"),
+            image_std=read_three(metadata, "clip.vision.image_std"),
+            projector="mlp",
+            projector_prefixes=("mm.0", "mm.2"),
+            class_token=True,
+            attention_block=blocks - 1,
+            patch_bias="v.patch_embd.bias" in tensor_names,
+            pre_norm="v.pre_ln.weight" in tensor_names,
+        )
+
+    def preprocess(self, image: Image.Image, spec: TowerSpec) -> Pixels:
+        square = np.asarray(_pad_and_resize(image, spec), dtype=np.float32) / 255
+        normal = (square - np.array(spec.image_mean, np.float32)) / np.array(spec.image_std, np.float32)
+        return Pixels(np.ascontiguousarray(normal.transpose(2, 0, 1))[None], (spec.grid,))
+
+    def layout(self, pixels: Pixels) -> Layout:
+        return Layout.of_grids(*pixels.grids, cls_rows=True)
+
+    def prompt(self, pixels: Pixels) -> tuple[str | int, ...]:
+        return (0,)
+
+
+def _feature_layer(metadata: Metadata) -> int:
+    layers = metadata.get("clip.vision.feature_layer")
+    if layers is None:
+        return read_integer(metadata, "clip.vision.block_count")
+    if not isinstance(layers, list) or len(layers) != 1 or type(layers[0]) is not int or layers[0] < 1:
+        raise TokcompError(
+            f"clip.vision.feature_layer {layers!r} is not one block; towers that stack several are not supported"
+        )
+    return layers[0]
+
+
+def _activation(metadata: Metadata) -> Activation:
+    gelu, silu = (metadata.get(f"clip.use_{name}") is True for name in ("gelu", "silu"))
+    if gelu and silu:
+        raise TokcompError("both clip.use_gelu and clip.use_silu are set; convert the model again")
+    return "gelu" if gelu else "silu" if silu else "quick_gelu"
+
+
+def _pad_and_resize(image: Image.Image, spec: TowerSpec) -> Image.Image:
+    """Centre on a square of the mean colour, then bicubic to ``image_size``.
+
+    Pillow resizes along rows first, then along columns, rounding in between. Doing the two passes apart, the first on
+    strips, gives the same pixels without the padded square ever existing: of a 1 x 60000 picture it is 10 GB.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"preprocess takes an RGB picture, got mode {image.mode}")
+    width, height = image.size
+    side, target = max(width, height), spec.image_size
+    if min(width, height) < 1 or side > LONGEST_SIDE:
+        raise ImageError(f"picture of {width}x{height} pixels: sides must be within 1..{LONGEST_SIDE}; resize it first")
+    colour = tuple(min(max(int(mean * 255), 0), 255) for mean in spec.image_mean)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (target, side), colour)
+    step = max(1, _STRIP_PIXELS // side)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        strip = Image.new("RGB", (side, last - first), colour)
+        strip.paste(image.crop((0, first, width, last)), (left, 0))
+        narrow.paste(strip.resize((target, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    return narrow.resize((target, target), Image.Resampling.BICUBIC)

@@ -1,0 +1,114 @@
+"""The chat prompt around the images, written by the model file's own chat template.
+
+Templates differ in what they take: a list of parts, an image among them; a plain string; or a list of text parts only.
+Each form is tried in that order, and the first whose output holds question and images once is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from numpy.typing import NDArray
+
+from ..errors import TokcompError, UsageError
+from .model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Text around the images: ``pieces`` is one longer than the number of images, image i lies before piece i + 1.
+
+    ``form``: how it was written, ``"image parts"``, ``"string"``, ``"text parts"`` or ``"vicuna"``; ``reason``: why.
+    """
+
+    pieces: tuple[str, ...]
+    form: str
+    reason: str
+
+    def tokenize(self, model: LanguageModel) -> list[NDArray[np.int32]]:
+        """Token ids of each piece ``(n,) int32``; BOS once, at the start, where the model is configured for it."""
+        bos = model.bos_text
+        written = bool(bos) and self.pieces[0].startswith(bos)
+        return [
+            model.tokenize(piece, add_special=index == 0 and not written, parse_special=True)
+            for index, piece in enumerate(self.pieces)
+        ]
+
+
+def chat_prompt(model: LanguageModel, question: str, n_images: int, marker: str = "<image>") -> ChatPrompt:
+    """Write the user's turn, images first, and the start of the answer; the result is split at the images.
+
+    ``marker``: what the model's template writes for an image (``<image>``, ``<|image_pad|>``,
+    ``<start_of_image>``); it is taken out of the text. A file without a template gets the form of LLaVA-1.5.
+
+    Raises ``UsageError`` when the question holds the marker, ``TokcompError`` when the template fails in every form.
+    """
+    if n_images < 0 or not marker:
+        raise ValueError(f"n_images {n_images} must be 0 or more and marker {marker!r} not empty")
+    if marker in question:
+        raise UsageError(f"the question contains {marker!r}, which stands for an image; write it differently")
+    if not model.chat_template:
+        text = f"USER: {_marked(question, n_images, marker)} ASSISTANT:"
+        return _split(text, marker, "vicuna", "the model file has no chat template; LLaVA-1.5's form is used")
+    faults: list[str] = []
+    for form, content in _forms(question, n_images, marker):
+        text, fault = _render(model, content)
+        fault = fault or _fault(text, question, n_images, marker)
+        if not fault:
+            reason = "; ".join(faults) or "the model file's chat template takes it"
+            return _split(text, marker, form, reason)
+        faults.append(f"{form}: {fault}")
+    raise TokcompError(
+        f"{model.path}: its chat template cannot write a question with {n_images} images ({'; '.join(faults)}); "
+        "use a model file with a working tokenizer.chat_template"
+    )
+
+
+def _marked(question: str, n_images: int, marker: str) -> str:
+    """The form LLaVA models are trained on: images and question on lines of their own."""
+    return "".join(marker + "\n" for _ in range(n_images)) + question
+
+
+def _forms(question: str, n_images: int, marker: str) -> Iterator[tuple[str, Any]]:
+    if n_images:
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in range(n_images)]
+        yield "image parts", [*parts, {"type": "text", "text": question}]
+    yield "string", _marked(question, n_images, marker)
+    yield "text parts", [{"type": "text", "text": _marked(question, n_images, marker)}]
+
+
+def _render(model: LanguageModel, content: Any) -> tuple[str, str]:
+    """The template's text and ``""``, or ``""`` and why it failed."""
+    messages: Any = [{"role": "user", "content": content}]
+    try:
+        formatter = Jinja2ChatFormatter(
+            template=model.chat_template or "", eos_token=model.eos_text, bos_token=model.bos_text
+        )
+        return formatter(messages=messages).prompt, ""
+    # Templates are programs from outside: a wrong form of content shows as any of these.
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as fault:
+        return "", " ".join(f"{type(fault).__name__} {fault}".split())
+
+
+def _fault(text: str, question: str, n_images: int, marker: str) -> str:
+    """Why ``text`` is no faithful prompt, ``""`` if it is."""
+    if text.count(marker) != n_images:
+        return f"the template writes {marker!r} {text.count(marker)} times for {n_images} images"
+    if text.count(question.strip()) < 1:
+        return "the template leaves the question out"
+    if "'type':" in text and "'type':" not in question:
+        return "the template takes no list of parts"
+    return ""
+
+
+def _split(text: str, marker: str, form: str, reason: str) -> ChatPrompt:
+    logger.info("chat prompt written as %s (%s)", form, reason)
+    return ChatPrompt(tuple(text.split(marker)), form, reason)

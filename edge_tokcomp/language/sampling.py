@@ -1,0 +1,98 @@
+"""Choosing the next token from logits, with llama.cpp's own sampler chain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TokcompError, UsageError
+from .binding import SamplerChain
+
+_PENALTY_WINDOW = 64
+_RANDOM_SEED = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``temperature`` 0 is greedy: always the most probable token.
+
+    ``top_k``: the k most probable only, 0 for all. ``top_p``: the smallest set with that probability in sum.
+    ``min_p``: those with at least that fraction of the best one's probability. ``repeat_penalty``: above 1, the last 64
+    generated tokens become less probable. ``seed``: the same seed gives the same text on the same logits.
+
+    Raises ``UsageError`` for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or above"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or above"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+            "repeat_penalty": (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0, "above 0; 1 is none"),
+            "seed": (0 <= self.seed < _RANDOM_SEED, f"at least 0 and below {_RANDOM_SEED}"),
+        }
+        for name, (good, range_text) in rules.items():
+            if not good:
+                raise UsageError(f"{name} {getattr(self, name)} is out of range: it must be {range_text}")
+
+
+class Sampler:
+    """The sampler chain of one sequence: it remembers what it chose (``repeat_penalty``) and its random state."""
+
+    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
+        self._n_vocab = n_vocab
+        chain = self._chain = SamplerChain(n_vocab)
+        if sampling.repeat_penalty != 1:
+            chain.add("penalties", n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0)
+        if sampling.temperature == 0:
+            chain.add("greedy")
+            return
+        # The order of llama.cpp's own programs: cut the tail first, then heat what is left.
+        if sampling.top_k:
+            chain.add("top_k", sampling.top_k)
+        if sampling.top_p < 1:
+            chain.add("top_p", sampling.top_p, 1)
+        if sampling.min_p > 0:
+            chain.add("min_p", sampling.min_p, 1)
+        chain.add("temp", sampling.temperature)
+        chain.add("dist", sampling.seed)
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """A token id from ``logits (n_vocab,) float32``; the chain takes note of it.
+
+        Raises ``TokcompError`` when the model returned no usable logits (NaN or infinity), ``ValueError`` for a wrong
+        shape.
+        """
+        if logits.shape != (self._n_vocab,):
+            raise ValueError(f"logits {logits.shape} must be ({self._n_vocab},)")
+        if not np.isfinite(logits.max()):
+            raise TokcompError(
+                "the language model returned logits that are not numbers; the file may be damaged, "
+                "or its values overflow in the key-value cache (try kv_type f32)"
+            )
+        return self._chain.sample(logits)
+
+    def reset(self) -> None:
+        """Forget the tokens chosen so far and start the random state anew."""
+        self._chain.reset()
+
+    def close(self) -> None:
+        """Free the chain; a second call does nothing."""
+        self._chain.close()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        self.close()

@@ -1,0 +1,114 @@
+"""Token ids to embedding rows, read from the language model's own file.
+
+Feeding looked-up rows gives the same logits as feeding the tokens, so text and image rows can share a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import TokcompError
+from ..tokens import Rows
+from .gguf_header import GgufHeader, TensorInfo, read_header, split_files
+from .model import LanguageModel
+
+_TABLE = "token_embd.weight"
+_PER_LAYER_TABLE = "per_layer_token_embd.weight"
+_TOKEN_ID_ARCHITECTURES = {
+    "cogvlm": "text and image rows go through different weights",
+    "deepseek4": "its first layers choose experts by token id",
+    "granite-switch": "it chooses adapters by token id",
+}
+_SCALED_TOKENS = ("gemma3", "gemma3n", "gemma4", "gemma-embedding")
+"""Their graphs multiply token inputs by sqrt(n_embd), but not embedding inputs; gemma and gemma2 multiply both."""
+
+
+class TokenEmbedding:
+    """Rows of ``token_embd.weight``, dequantised on demand from a memory map; memory stays flat.
+
+    ``lookup`` returns what llama.cpp would compute from the token itself, scaling and zero padding included.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, row_width: int | None = None) -> None:
+        """``row_width``: the decoder's ``n_embd_inp``; rows are padded with zeros to it (deepstack models).
+
+        Raises ``TokcompError`` for architectures that need the token ids themselves and for tables that gguf cannot
+        dequantise.
+        """
+        header = read_header(path)
+        self._refuse_token_id_models(header)
+        part, table = _find_table(header)
+        self.n_embd, self.n_vocab = table.shape[0], table.shape[1]
+        self.row_width = self.n_embd if row_width is None else row_width
+        if self.row_width < self.n_embd:
+            raise ValueError(f"row_width {self.row_width} is less than the table's n_embd {self.n_embd}")
+        if table.n_bytes is None:
+            raise TokcompError(f"{part.path}: {_TABLE} has {table.type_name}, unknown to gguf; update the gguf package")
+        self._type = GGMLQuantizationType(table.type_id)
+        self._raw = np.memmap(part.path, np.uint8, "r", table.offset, (self.n_vocab, table.n_bytes // self.n_vocab))
+        self._scale = _scale(header, self.n_embd, self.row_width)
+        try:
+            self.lookup([0])
+        except NotImplementedError as fault:
+            raise TokcompError(f"{part.path}: gguf cannot read a {table.type_name} token table ({fault})") from fault
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> TokenEmbedding:
+        """The table of an open model, at its input width."""
+        return cls(model.path, row_width=model.n_embd_inp)
+
+    def lookup(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """``(n, row_width) float32`` for ``n`` token ids; ``ValueError`` names an id outside the vocabulary."""
+        ids = np.atleast_1d(np.asarray(tokens))
+        if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+            raise ValueError(f"token ids must be one row of integers, got {ids.shape} {ids.dtype}")
+        outside = (ids < 0) | (ids >= self.n_vocab)
+        if outside.any():
+            raise ValueError(f"token {int(ids[outside][0])} is outside the vocabulary 0..{self.n_vocab - 1}")
+        rows = np.zeros((len(ids), self.row_width), np.float32)
+        if len(ids):
+            rows[:, : self.n_embd] = quants.dequantize(np.asarray(self._raw[ids.astype(np.int64)]), self._type)
+            rows[:, : self.n_embd] *= self._scale
+        return rows
+
+    def rows(self, tokens: ArrayLike, start: int, sequence: int = 0) -> Rows:
+        """Text as ``Rows`` at positions ``start, start + 1, ...`` of ``sequence``."""
+        embeddings = self.lookup(tokens)
+        return Rows(embeddings, np.arange(start, start + len(embeddings), dtype=np.int32), sequence)
+
+    @staticmethod
+    def _refuse_token_id_models(header: GgufHeader) -> None:
+        architecture = header.text("general.architecture")
+        reason = _TOKEN_ID_ARCHITECTURES.get(architecture)
+        if _PER_LAYER_TABLE in header.tensors:
+            reason = "it has per-layer embeddings"
+        if reason:
+            raise TokcompError(
+                f"{header.path}: {architecture} needs token ids ({reason}), which embedding rows cannot carry; "
+                "use another language model"
+            )
+
+
+def _find_table(header: GgufHeader) -> tuple[GgufHeader, TensorInfo]:
+    for path in split_files(header):
+        part = header if path == header.path else read_header(path)
+        table = part.tensors.get(_TABLE)
+        if table is not None and len(table.shape) == 2:
+            return part, table
+    raise TokcompError(f"{header.path}: has no {_TABLE} matrix, so it is not a language model")
+
+
+def _scale(header: GgufHeader, n_embd: int, row_width: int) -> np.float32:
+    architecture = header.text("general.architecture")
+    if architecture in _SCALED_TOKENS:
+        return np.float32(math.sqrt(n_embd))
+    if row_width > n_embd:
+        # Granite with deepstack: embedding_scale is applied to tokens only; without deepstack the graph applies it.
+        return np.float32(header.number(f"{architecture}.embedding_scale", 1.0))
+    return np.float32(1.0)

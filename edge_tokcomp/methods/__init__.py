@@ -1,0 +1,90 @@
+"""The compression methods by name.
+
+A method of another package registers its class under the entry-point group ``edge_tokcomp.methods``; such methods are
+looked for when an unknown name is asked for or the table is listed, never on import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from typing import Any
+
+from ..errors import TokcompError, UsageError
+from .base import Candidates, Choice, Merges, Method, Picks, Scores
+from .none import NoCompression
+from .options import describe_options, match_options, read_options, suggest
+from .pool import Pool
+from .prunesid import PruneSID, PruneSIDPaper, PruneSIDQwen, information_score
+from .random_ import RandomTokens
+from .todre import ToDRE
+from .uniform import Uniform
+
+__all__ = [
+    "METHODS", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "get_method", "information_score",
+    "method_table",
+]  # fmt: skip
+
+GROUP = "edge_tokcomp.methods"
+
+METHODS: dict[str, type[Method]] = {
+    "none": NoCompression,
+    "random": RandomTokens,
+    "uniform": Uniform,
+    "pool": Pool,
+    "prunesid": PruneSID,
+    "prunesid-paper": PruneSIDPaper,
+    "prunesid-qwen": PruneSIDQwen,
+    "todre": ToDRE,
+}
+
+
+def get_method(method: str | Method, **options: Any) -> Method:
+    """The method of that name with ``options`` set, or ``method`` itself with ``options`` changed.
+
+    The name may carry options: ``"prunesid:centre=token,score=projection"``; keyword arguments win over those.
+    Raises ``UsageError`` for unknown names and options, with the valid ones.
+    """
+    if isinstance(method, Method):
+        return dataclasses.replace(method, **match_options(type(method), options))
+    name, colon, text = method.partition(":")
+    cls = METHODS.get(name) or _outside(name)
+    written = match_options(cls, read_options(name, text)) if colon else {}
+    return cls(**written | match_options(cls, options))
+
+
+def method_table() -> list[dict[str, Any]]:
+    """Every method, also those of other packages: name, title, source, scope, inputs, options with their defaults."""
+    classes = METHODS | {name: _outside(name) for name in sorted(_entry_points()) if name not in METHODS}
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "source": cls.source,
+            "scope": cls.scope,
+            "needs": sorted(cls().needs),
+            "wants": sorted(cls.wants),
+            "options": describe_options(cls),
+        }
+        for name, cls in classes.items()
+    ]
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=GROUP)}
+
+
+def _outside(name: str) -> type[Method]:
+    """The class that another package registered under ``name``."""
+    points = _entry_points()
+    if name not in points:
+        known = [*METHODS, *sorted(set(points) - set(METHODS))]
+        raise UsageError(f"unknown method {name!r}{suggest(name, known)}; methods: {', '.join(known)}")
+    label = f"method {name!r} ({points[name].value})"
+    try:
+        cls = points[name].load()
+    except (ImportError, AttributeError) as fault:
+        raise TokcompError(f"{label} cannot be loaded: {fault}; mend or remove its package") from fault
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TokcompError(f"{label} is not a subclass of edge_tokcomp.methods.Method; mend or remove its package")
+    return cls

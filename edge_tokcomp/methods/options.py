@@ -1,0 +1,101 @@
+"""Hyper-parameters of a method: its dataclass fields, checked against their type hints, read from text, listed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UsageError
+
+
+def check_options(instance: Any) -> None:
+    """Raise ``UsageError`` for the first field whose value does not fit its type hint."""
+    hints = get_type_hints(type(instance))
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if not _fits(value, hints[field.name]):
+            label = f"{instance.name}: {field.name.rstrip('_')}"
+            raise UsageError(f"{label} must be {_wording(hints[field.name])}, got {value!r}")
+
+
+def read_options(method: str, text: str) -> dict[str, Any]:
+    """``"centre=token,groups=8"`` as keyword arguments; numbers, true, false and none are read as such."""
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise UsageError(f"method option {part.strip()!r} is not NAME=VALUE; write {method}:NAME=VALUE,NAME=VALUE")
+        if name in options:
+            raise UsageError(f"method option {name!r} stands twice in {method}:{text}")
+        options[name] = _value(value)
+    return options
+
+
+def match_options(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` under the names of ``cls``'s fields (``lambda`` finds ``lambda_``); unknown ones are refused."""
+    known = {field.name.rstrip("_"): field.name for field in fields(cls)}
+    for name in options:
+        if name.rstrip("_") not in known:
+            valid = ", ".join(known) if known else "none"
+            raise UsageError(f"method {cls.name} has no option {name!r}{suggest(name, known)}; its options: {valid}")
+    return {known[name.rstrip("_")]: value for name, value in options.items()}
+
+
+def describe_options(cls: type[Any]) -> dict[str, dict[str, Any]]:
+    """``{option: {"default": value, "accepts": words}}`` of every field of ``cls``."""
+    hints = get_type_hints(cls)
+    return {
+        field.name.rstrip("_"): {
+            "default": None if field.default is MISSING else field.default,
+            "accepts": _wording(hints[field.name]),
+        }
+        for field in fields(cls)
+    }
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'pool'?)"``, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _value(text: str) -> Any:
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _wording(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " or ".join(get_args(hint))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wording(one) for one in get_args(hint))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,222 @@
+"""PruneSID (arXiv 2603.09480, ICLR 2026): group tokens by principal component, suppress near-duplicates in each group.
+
+Three forms: what the released LLaVA code does, what the paper says, what the released Qwen2-VL code does. The random
+low-rank decomposition of the release is replaced by the exact one it approximates, so results are reproducible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import ClassVar, Literal
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from ..budget import share
+from ..errors import UsageError
+from ..tokens import Array, Ints
+from .base import Candidates, Method, Picks
+from .kernels import gram, like, settle, to_numpy, unit_rows
+
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class PruneSID(Method):
+    """The released LLaVA code. With K the crop's budget, a kept CLS included:
+
+    1. Tokens join the principal component (of ``groups``, K // 4) on which they project longest.
+    2. In each group, by descending score, a token survives if its cosine to every earlier survivor is at most
+       tau = ``lambda_`` * rho: ``lambda_`` is K / 32, rho the mean cosine of the crop.
+    3. Groups get quotas in proportion to their survivors; a group short of survivors falls back on its best others.
+
+    ``centre``: subtract each token's mean over its ``feature`` values (code) or the mean ``token`` (paper).
+    ``score``: the ``cls`` attention summed over heads (code) or the ``projection`` length (paper).
+    ``rho_mode``: mean over distinct pairs, or the Qwen code's, which is about half of it.
+    ``quota``: by survivors within ``bounds`` of 1 and ``upper_mult`` * ceil(K / 64) (code), or by ``survivors``.
+    The plan's ``rank`` is the order in which the release emits its tokens: group by group.
+    """
+
+    centre: Literal["feature", "token"] = "feature"
+    score: Literal["cls", "projection"] = "cls"
+    rho_mode: Literal["strict_upper", "qwen"] = "strict_upper"
+    quota: Literal["bounds", "survivors"] = "bounds"
+    groups: int | None = None
+    lambda_: float | None = None
+    upper_mult: int = 5
+    keep_cls: bool = False
+
+    name: ClassVar[str] = "prunesid"
+    title: ClassVar[str] = "PruneSID (released LLaVA code)"
+    source: ClassVar[str] = "arXiv 2603.09480, released LLaVA code"
+    scope: ClassVar = "crop"
+    instead: ClassVar[str] = "use prunesid-paper, or write prunesid:score=projection"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("groups", "upper_mult"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise UsageError(f"{self.name}: {option} must be 1 or more, got {value}")
+        if self.lambda_ is not None and self.lambda_ <= 0:
+            raise UsageError(f"{self.name}: lambda must be above 0, got {self.lambda_}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """CLS attention when it is the score."""
+        return frozenset({"cls_attention"}) if self.score == "cls" else frozenset()
+
+    def default_groups(self, budget: int) -> int:
+        """Number of groups where ``groups`` is None."""
+        return max(1, budget // 4)
+
+    def default_lambda(self, budget: int, count: int) -> float:
+        """Factor of rho where ``lambda_`` is None, for ``count`` tokens."""
+        return budget / 32
+
+    def choose(self, rows: Candidates, k: int) -> Picks:
+        """Steps 1 to 3 of the class docstring; N-length vectors and one group's pairs at a time go to the host."""
+        wanted_groups = self.default_groups(rows.budget) if self.groups is None else self.groups
+        lambda_ = self.default_lambda(rows.budget, len(rows)) if self.lambda_ is None else self.lambda_
+        lengths = to_numpy(projections(rows.features, min(wanted_groups, k), self.centre))
+        member_of = np.argmax(lengths, axis=1)
+        if self.score == "cls":
+            score = to_numpy(rows.xp.sum(rows.cls_attention, axis=0, dtype=rows.xp.float64))
+        else:
+            score = np.max(lengths, axis=1)
+        unit = unit_rows(rows.features)
+        rho = mean_cosine(unit, self.rho_mode)
+        tau = float(np.round(lambda_ * rho, 10))
+
+        survivors: list[Ints] = []
+        suppressed: list[Ints] = []
+        for group in range(lengths.shape[1]):
+            members = np.flatnonzero(member_of == group)
+            members = members[np.argsort(-score[members], kind="stable")]
+            near = to_numpy(settle(gram(rows.xp.take(unit, like(members, unit), axis=0))) > tau)
+            alive = survive(near, score[members] > 0)
+            survivors.append(members[alive])
+            suppressed.append(members[~alive])
+
+        counts = [len(group) for group in survivors]
+        if self.quota == "bounds":
+            sizes = [len(a) + len(b) for a, b in zip(survivors, suppressed, strict=True)]
+            quotas = bounded_quotas(sizes, counts, k, self.upper_mult * math.ceil(rows.budget / 64), rows.budget)
+            ordered = [np.concatenate(pair) for pair in zip(survivors, suppressed, strict=True)]
+        else:
+            quotas, ordered = share(min(k, sum(counts)), counts, counts), survivors
+        picks = np.concatenate([group[:n] for group, n in zip(ordered, quotas, strict=True)])
+        spare = np.sort(np.concatenate(suppressed))
+        spare = spare[np.argsort(-score[spare], kind="stable")]
+        picks = np.concatenate([picks, spare[: k - len(picks)]])
+        return Picks(picks, {"groups": lengths.shape[1], "rho": rho, "tau": tau, "survivors": sum(counts)})
+
+
+@dataclass(frozen=True)
+class PruneSIDPaper(PruneSID):
+    """The paper (sections on PSCA and intra-group NMS): no CLS attention, no bounds, survivors only.
+
+    Where fewer tokens survive than the budget asks for, which the paper leaves open, the best of the others fill it.
+    """
+
+    centre: Literal["feature", "token"] = "token"
+    score: Literal["cls", "projection"] = "projection"
+    quota: Literal["bounds", "survivors"] = "survivors"
+
+    name: ClassVar[str] = "prunesid-paper"
+    title: ClassVar[str] = "PruneSID (paper)"
+    source: ClassVar[str] = "arXiv 2603.09480, paper"
+
+
+@dataclass(frozen=True)
+class PruneSIDQwen(PruneSID):
+    """The released Qwen2-VL code, made for merged tokens: projection scores, half the rho, at least 4 groups.
+
+    The release never goes below 16 tokens an image; here the budget is the caller's.
+    """
+
+    score: Literal["cls", "projection"] = "projection"
+    rho_mode: Literal["strict_upper", "qwen"] = "qwen"
+
+    name: ClassVar[str] = "prunesid-qwen"
+    title: ClassVar[str] = "PruneSID (released Qwen2-VL code)"
+    source: ClassVar[str] = "arXiv 2603.09480, released Qwen2-VL code"
+
+    def default_groups(self, budget: int) -> int:
+        """``max(K // 4, 4)``."""
+        return max(4, budget // 4)
+
+    def default_lambda(self, budget: int, count: int) -> float:
+        """``max(18 K / N, 1)``."""
+        return max(18 * budget / count, 1.0)
+
+
+def information_score(features: Array) -> float:
+    """How varied the tokens ``features (N, D)`` of one image are: 1 - rho, with rho their mean cosine over pairs."""
+    return 1.0 - mean_cosine(unit_rows(features), "strict_upper")
+
+
+def mean_cosine(unit: Array, rho_mode: str) -> float:
+    """rho of the unit rows ``(N, D)`` without the N x N matrix; 0 for a single row.
+
+    ``strict_upper``: mean over pairs i < j. ``qwen``: sum over i <= j divided by N * N.
+    """
+    xp = array_namespace(unit)
+    count = unit.shape[0]
+    total = xp.sum(unit, axis=0)
+    every, own = float(xp.sum(total * total)), float(xp.sum(unit * unit))
+    if rho_mode == "qwen":
+        return (every + own) / float(2 * count**2)
+    return (every - own) / float(max(count * (count - 1), 1))
+
+
+def projections(features: Array, groups: int, centre: str) -> Array:
+    """``(N, groups) float64``: length of each token of ``features (N, D)`` on each of the first principal components.
+
+    That is |V| of the singular value decomposition of the centred sigmoid of the features, from the exact
+    eigenvectors of their N x N Gram matrix. Components that hold nothing but rounding noise are zero.
+    """
+    xp = array_namespace(features)
+    # sigmoid(x) = 1/2 + tanh(x/2) / 2: centring takes away the shift and eigenvectors do not see the scale.
+    squashed = xp.tanh(xp.astype(features, xp.float64) / 2)
+    squashed = squashed - xp.mean(squashed, axis=1 if centre == "feature" else 0, keepdims=True)
+    energy, vectors = xp.linalg.eigh(gram(squashed))
+    energy, vectors = xp.flip(energy)[:groups], xp.flip(vectors, axis=1)[:, :groups]
+    noise = features.shape[0] * _EPSILON * energy[0]
+    return settle(xp.where(energy > noise, xp.abs(vectors), xp.zeros_like(vectors)))
+
+
+def survive(near: NDArray[np.bool_], eligible: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """``(c,) bool``: greedy non-maximum suppression down a list in order of score.
+
+    ``near (c, c)``: pairs too alike to keep both; ``eligible (c,)``: tokens with any score at all.
+    """
+    alive: NDArray[np.bool_] = eligible.copy()
+    for i in range(len(alive)):
+        if alive[i]:
+            alive[i + 1 :] &= ~near[i, i + 1 :]
+    return alive
+
+
+def bounded_quotas(sizes: Sequence[int], survivors: Sequence[int], k: int, upper: int, budget: int) -> list[int]:
+    """Tokens of each group: one each, the rest in proportion to survivors by cumulative rounding, none above its bound.
+
+    A group's bound is ``upper``, its survivors or its size, the least of them; bounds grow together until ``budget``
+    fits. What bounds cut off goes to the groups with most survivors. Sums to ``k``.
+    """
+    lower = [min(1, size) for size in sizes]
+    bound = [min(upper, *pair) for pair in zip(sizes, survivors, strict=True)]
+    while sum(bound) < min(budget, sum(sizes)):
+        bound = [min(b + 1, size) for b, size in zip(bound, sizes, strict=True)]
+    mass = survivors if any(survivors) else sizes
+    rest = max(0, k - sum(lower))
+    edges = [round(Fraction(part * rest, sum(mass))) for part in accumulate(mass, initial=0)]
+    extra = [b - a for a, b in pairwise(edges)]
+    quotas = [min(low + more, most) for low, more, most in zip(lower, extra, bound, strict=True)]
+    for group in sorted(range(len(sizes)), key=lambda g: -survivors[g]):
+        quotas[group] += min(bound[group] - quotas[group], k - sum(quotas))
+    return quotas

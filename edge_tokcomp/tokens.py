@@ -1,0 +1,316 @@
+"""The values that travel from picture to text: ``VisionTokens -> Plan -> Rows``.
+
+Arrays and numbers only. This module does not know towers, methods or language models. Arrays may be NumPy arrays or
+torch tensors; whatever a method was given it computes on, and index arrays are always NumPy ``int64``.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import math
+import os
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .budget import describe
+from .errors import TokcompError
+
+Array = Any
+"""A NumPy array or a torch tensor (array API, through array-api-compat)."""
+
+Ints = NDArray[np.int64]
+
+
+class Role(enum.IntEnum):
+    """What a row of an image is."""
+
+    PATCH = 0
+    """A patch (or merged patch) of the picture: what methods choose among."""
+    SEPARATOR = 1
+    """Newline, row break or tile marker embedding: always kept, never scored."""
+    CLS = 2
+    """The tower's class token: offered to methods, not part of the uncompressed image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where every row of one image lies.
+
+    ``grids``: ``(rows, columns)`` of each crop; crop 0 is the overview where the family has one.
+    ``crop (N,) int64``: the crop a row belongs to.
+    ``cell (N,) int64``: its raster index in that crop's grid, -1 for a row that is no patch.
+    ``role (N,) int8``: a ``Role``.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    crop: Ints
+    cell: Ints
+    role: NDArray[np.int8]
+
+    def __post_init__(self) -> None:
+        if not (self.crop.shape == self.cell.shape == self.role.shape) or self.crop.ndim != 1:
+            raise ValueError(
+                f"layout arrays must share one axis: crop {self.crop.shape}, cell {self.cell.shape}, "
+                f"role {self.role.shape}"
+            )
+        if len(self.crop) and not (self.crop.min() >= 0 and self.crop.max() < len(self.grids)):
+            raise ValueError(f"layout names crop {int(self.crop.max())}, but has {len(self.grids)} grids")
+        cells = np.array([rows * columns for rows, columns in self.grids], dtype=np.int64)
+        patch = self.role == Role.PATCH
+        if np.any(patch & ((self.cell < 0) | (self.cell >= cells[self.crop]))):
+            raise ValueError("layout places a patch outside its crop's grid")
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+    @classmethod
+    def of_grids(cls, *grids: tuple[int, int], cls_rows: bool = False) -> Layout:
+        """Crops one after another in raster order, each led by its CLS row when ``cls_rows``."""
+        crop, cell, role = [], [], []
+        for number, (rows, columns) in enumerate(grids):
+            if rows < 1 or columns < 1:
+                raise ValueError(f"grid {(rows, columns)} has no cells")
+            lead = 1 if cls_rows else 0
+            crop.append(np.full(lead + rows * columns, number, np.int64))
+            cell.append(np.concatenate([np.full(lead, -1, np.int64), np.arange(rows * columns)]))
+            role.append(np.concatenate([np.full(lead, Role.CLS, np.int8), np.zeros(rows * columns, np.int8)]))
+        return cls(tuple(grids), np.concatenate(crop), np.concatenate(cell), np.concatenate(role))
+
+    @property
+    def patches(self) -> Ints:
+        """Indices of the patch rows, in order."""
+        return np.flatnonzero(self.role == Role.PATCH).astype(np.int64)
+
+    @property
+    def protected(self) -> NDArray[np.bool_]:
+        """``(N,) bool``: rows that every plan keeps."""
+        return np.asarray(self.role == Role.SEPARATOR)
+
+    @property
+    def uncompressed(self) -> Ints:
+        """Indices of the rows that enter the language model when nothing is compressed."""
+        return np.flatnonzero(self.role != Role.CLS).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class VisionTokens:
+    """One encoded image.
+
+    ``features (N, D) float32``: rows before the projector.
+    ``project``: ``(n, D) -> (n, d)``, the projector; ``None`` when ``features`` are already of language width.
+    ``cls_attention (heads, N) float32``: softmax weights of each crop's CLS query over the rows, if there is a CLS.
+    ``keys (N, Dk) float32``: attention keys averaged over heads, for merging methods.
+    """
+
+    features: Array
+    layout: Layout
+    project: Callable[[Array], Array] | None = None
+    cls_attention: Array | None = None
+    keys: Array | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.layout)
+        if self.features.ndim != 2 or self.features.shape[0] != count:
+            raise ValueError(f"features {tuple(self.features.shape)} do not fit a layout of {count} rows")
+        if self.cls_attention is not None and (self.cls_attention.ndim != 2 or self.cls_attention.shape[1] != count):
+            raise ValueError(f"cls_attention {tuple(self.cls_attention.shape)} must be (heads, {count})")
+        if self.keys is not None and (self.keys.ndim != 2 or self.keys.shape[0] != count):
+            raise ValueError(f"keys {tuple(self.keys.shape)} must be ({count}, Dk)")
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @cached_property
+    def embeddings(self) -> Array:
+        """``(N, d)``: every row at language width; computed once, on first use."""
+        return self.features if self.project is None else self.project(self.features)
+
+    def rows(self, plan: Plan) -> Array:
+        """``(n, d)``: what enters the language model under ``plan``.
+
+        The projector runs on the kept rows only, unless a method already asked for all of them.
+        """
+        if "embeddings" in self.__dict__ and plan.assign is None:
+            return plan.apply(self.embeddings)
+        kept = plan.apply(self.features)
+        return kept if self.project is None else self.project(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which rows of an image survive, apart from the arrays it will be applied to.
+
+    ``keep (n,) int64``: row indices, ascending (raster order).
+    ``rank (n,) int64``: the same indices in the order the method chose them; a prefix is the plan of a smaller budget
+    for greedy methods.
+    ``total``: N, the length of the token axis the plan belongs to. ``before``: rows of the uncompressed image.
+    ``assign (N,) int64``: for merging methods, the position in ``keep`` a row is merged into, -1 if it is dropped.
+    ``weight (N,) float32``: the row's share in that sum.
+    ``stats``: what the method measured on the way (thresholds, quotas).
+    """
+
+    keep: Ints
+    rank: Ints
+    total: int
+    before: int
+    assign: Ints | None = None
+    weight: NDArray[np.float32] | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.before < 1:
+            raise ValueError(f"before must be 1 or more, got {self.before}")
+        if len(self.keep) and (self.keep[0] < 0 or self.keep[-1] >= self.total or np.any(np.diff(self.keep) <= 0)):
+            raise ValueError(f"keep must be ascending, without repeats, within 0..{self.total - 1}")
+        if not np.array_equal(np.sort(self.rank), self.keep):
+            raise ValueError("rank must be a permutation of keep")
+        if (self.assign is None) != (self.weight is None):
+            raise ValueError("assign and weight come together")
+        if self.assign is not None and self.weight is not None:
+            if self.assign.shape != (self.total,) or self.weight.shape != (self.total,):
+                raise ValueError(f"assign {self.assign.shape} and weight {self.weight.shape} must be ({self.total},)")
+            if np.any(self.assign < -1) or np.any(self.assign >= len(self.keep)):
+                raise ValueError(f"assign must lie within -1..{len(self.keep) - 1}")
+            if not np.all(np.isfinite(self.weight)):
+                raise ValueError("weight must be finite")
+            if len(np.unique(self.assign[self.assign >= 0])) < len(self.keep):
+                raise ValueError("assign must merge at least one row into every kept one")
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __str__(self) -> str:
+        return describe(self.before, len(self))
+
+    def apply(self, rows: Array) -> Array:
+        """Gather (or merge) ``rows (N, ...)`` into ``(n, ...)``; NumPy or torch, on the device they are on."""
+        if rows.shape[0] != self.total:
+            raise ValueError(f"plan is for {self.total} rows, got {rows.shape[0]}")
+        if self.assign is None or self.weight is None:
+            return rows[self.keep]
+        into = self.assign >= 0
+        source = np.flatnonzero(into)
+        order = source[np.argsort(self.assign[source], kind="stable")]
+        if isinstance(rows, np.ndarray):
+            shares = self.weight[order].reshape((-1,) + (1,) * (rows.ndim - 1)).astype(rows.dtype)
+            starts = np.searchsorted(self.assign[order], np.arange(len(self)))
+            return np.add.reduceat(rows[order] * shares, starts, axis=0)
+        shares = rows.new_tensor(self.weight[order]).reshape((-1,) + (1,) * (rows.ndim - 1))
+        merged = rows.new_zeros((len(self), *rows.shape[1:]))
+        target = rows.new_tensor(self.assign[order]).long()
+        return merged.index_add(0, target, rows[order] * shares)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as ``.npz``, whole or not at all."""
+        target = Path(path)
+        arrays: dict[str, Any] = {
+            "keep": self.keep, "rank": self.rank, "total": self.total, "before": self.before,
+            "stats_names": np.array(list(self.stats), dtype=np.str_),
+            "stats_values": np.array(list(self.stats.values()), dtype=np.float64),
+        }  # fmt: skip
+        if self.assign is not None and self.weight is not None:
+            arrays |= {"assign": self.assign, "weight": self.weight}
+        handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(stream, **arrays)
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by ``save``; raises ``TokcompError`` for any other file."""
+        try:
+            file = _read_arrays(Path(path))
+            names, values = file["stats_names"], file["stats_values"]
+            return cls(
+                keep=file["keep"],
+                rank=file["rank"],
+                total=int(file["total"].item()),
+                before=int(file["before"].item()),
+                assign=file.get("assign"),
+                weight=file.get("weight"),
+                stats=dict(zip(names.tolist(), values.tolist(), strict=True)),
+            )
+        except _BROKEN as fault:
+            raise TokcompError(f"{path}: not a plan file ({fault}); write one with `edge-tokcomp compress`") from fault
+
+
+_BROKEN = (
+    OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError, MemoryError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a file that is no plan can raise, down to NumPy's header parser."""
+
+_PLAN_BYTES = 64 << 20
+"""Most bytes a plan file may unpack to: about two million rows."""
+
+_PLAN_ARRAYS = {
+    "keep": ("i", 1), "rank": ("i", 1), "total": ("i", 0), "before": ("i", 0), "assign": ("i", 1), "weight": ("f", 1),
+    "stats_names": ("U", 1), "stats_values": ("f", 1),
+}  # fmt: skip
+"""Kind and number of axes of each array in a plan file."""
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a plan file, each member's declared size checked before memory is taken for it."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > _PLAN_BYTES:
+            raise ValueError(f"unpacks to more than {_PLAN_BYTES >> 20} MiB")
+        for name, (kind, axes) in _PLAN_ARRAYS.items():
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            data = archive.read(f"{name}.npy")
+            stream = io.BytesIO(data)
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError(f"{name} is in an unknown array format")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            size = math.prod(shape) * dtype.itemsize
+            if dtype.kind != kind or len(shape) != axes or size != len(data) - stream.tell():
+                raise ValueError(f"{name} has the wrong type or size")
+            array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+            arrays[name] = array if kind == "U" else array.astype({"i": np.int64, "f": np.float64}[kind])
+    if "weight" in arrays:
+        arrays["weight"] = arrays["weight"].astype(np.float32)
+    return arrays
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a decoder is fed.
+
+    ``embeddings (n, n_embd_inp) float32``; ``positions (n,) int32``, or ``(4, n)`` for M-RoPE; ``sequence``: the id of
+    the sequence the rows belong to; ``want_logits (n,) bool``: rows whose logits are asked for (last only by default).
+    """
+
+    embeddings: NDArray[np.float32]
+    positions: NDArray[np.int32]
+    sequence: int = 0
+    want_logits: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.embeddings)
+        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
+            got = f"{self.embeddings.shape} {self.embeddings.dtype}"
+            raise ValueError(f"embeddings must be (n, width) float32, got {got}")
+        if self.positions.shape not in ((count,), (4, count)):
+            raise ValueError(f"positions {self.positions.shape} must be ({count},) or (4, {count})")
+        if self.want_logits is not None and self.want_logits.shape != (count,):
+            raise ValueError(f"want_logits {self.want_logits.shape} must be ({count},)")
+
+    def __len__(self) -> int:
+        return len(self.embeddings)

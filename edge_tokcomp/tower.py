@@ -1,0 +1,155 @@
+"""The vision tower on ONNX Runtime: pixels to features, kept rows to language-model width.
+
+Runs a directory holding ``tower.onnx`` and ``projector.onnx``, as the exporter writes it. They are two graphs so that
+only the rows a method keeps pass through the projector.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import TokcompError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Floats = NDArray[np.float32]
+Provider = Literal["auto", "cpu", "cuda"]
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CUDA_OPTIONS = {
+    # Boards share memory with the GPU: take what is needed, not the next power of two.
+    "arena_extend_strategy": "kSameAsRequested",
+    # The exhaustive search is run again for every batch size, and costs seconds each time.
+    "cudnn_conv_algo_search": "HEURISTIC",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TowerOutput:
+    """What the tower says of B crops.
+
+    ``features (B, rows, D) float32``, CLS row first where the tower has one.
+    ``cls_attention (B, heads, rows) float32``: the softmax weights of the CLS query, None without a CLS.
+    """
+
+    features: Floats
+    cls_attention: Floats | None
+
+
+class Tower:
+    """An exported tower, loaded.
+
+    ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
+    why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, ``rows``, ``width``
+    (D) and ``language_width`` (d). Raises ``TokcompError`` when the directory holds no tower, ONNX Runtime is not
+    installed, or the provider asked for does not start; it never falls back from one that was asked for.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, provider: Provider = "auto", threads: int) -> None:
+        if threads < 1:
+            raise UsageError(f"threads must be at least 1, got {threads}")
+        self.directory = Path(directory)
+        runtime = _import_runtime()
+        self.provider, self.provider_reason = _choose(runtime, provider)
+        started, self._tower = _session(runtime, self.directory / "tower.onnx", self.provider, threads)
+        if not started:
+            if provider == "cuda":
+                raise TokcompError(
+                    "provider cuda does not start here; check the NVIDIA driver, CUDA and cuDNN, or use provider cpu"
+                )
+            self.provider, self.provider_reason = "cpu", "cpu: CUDA is installed but does not start on this machine"
+        _, self._projector = _session(runtime, self.directory / "projector.onnx", self.provider, threads)
+        self._outputs = [output.name for output in self._tower.get_outputs()]
+        try:
+            _, _, height, width = self._tower.get_inputs()[0].shape
+            self.image_size: tuple[int, int] = int(height), int(width)
+            _, self.rows, self.width = self._tower.get_outputs()[self._outputs.index("features")].shape
+            self.language_width: int = self._projector.get_outputs()[0].shape[1]
+        except (ValueError, TypeError, IndexError) as fault:
+            raise TokcompError(
+                f"{self.directory}: its graphs are no tower and projector ({fault}); export the tower again"
+            ) from fault
+
+    def encode(self, pixels: Floats) -> TowerOutput:
+        """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B."""
+        if (
+            pixels.dtype != np.float32
+            or pixels.ndim != 4
+            or pixels.shape[1:] != (3, *self.image_size)
+            or not len(pixels)
+        ):
+            raise ValueError(
+                f"pixels must be (B, {str((3, *self.image_size))[1:]} float32, got {pixels.shape} {pixels.dtype}"
+            )
+        values = dict(zip(self._outputs, self._tower.run(self._outputs, {"pixels": pixels}), strict=True))
+        return TowerOutput(values["features"], values.get("cls_attention"))
+
+    def project(self, rows: Floats) -> Floats:
+        """``rows (n, D) float32`` to ``(n, d) float32``; any n."""
+        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self.width:
+            raise ValueError(f"rows must be (n, {self.width}) float32, got {rows.shape} {rows.dtype}")
+        embeddings: Floats = self._projector.run(["embeddings"], {"rows": rows})[0]
+        return embeddings
+
+
+def _import_runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as fault:
+        raise TokcompError(
+            "ONNX Runtime is not installed; pip install 'edge-tokcomp[cpu]', or 'edge-tokcomp[gpu]' for CUDA (not both)"
+        ) from fault
+    return onnxruntime
+
+
+def _choose(runtime: Any, provider: str) -> tuple[str, str]:
+    if provider not in get_args(Provider):
+        raise UsageError(f"unknown provider {provider!r}; one of {', '.join(get_args(Provider))}")
+    available = runtime.get_available_providers()
+    if provider == "cpu":
+        return "cpu", "cpu: asked for"
+    if _CUDA in available:
+        if hasattr(runtime, "preload_dlls"):
+            # Finds CUDA and cuDNN where pip put them; JetPack's older builds find the system's by themselves.
+            runtime.preload_dlls()
+        return "cuda", "cuda: asked for" if provider == "cuda" else "cuda: available"
+    if provider == "cuda":
+        raise TokcompError(
+            "the installed ONNX Runtime has no provider cuda; "
+            "pip uninstall onnxruntime, then pip install 'edge-tokcomp[gpu]'"
+        )
+    return "cpu", "cpu: the installed ONNX Runtime has no CUDA"
+
+
+def _session(runtime: Any, path: Path, provider: str, threads: int) -> tuple[bool, onnxruntime.InferenceSession]:
+    """Whether ``provider`` started, and the session."""
+    if not path.is_file():
+        raise TokcompError(f"{path}: no such file; name a directory that edge-tokcomp export wrote")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the cores from llama.cpp's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[Any] = [(_CUDA, _CUDA_OPTIONS), _CPU] if provider == "cuda" else [_CPU]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of a provider that did not start; our caller says so itself.
+            session = runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as fault:  # ONNX Runtime's exceptions share no base but this.
+        raise TokcompError(
+            f"{path}: ONNX Runtime cannot load it ({_first_line(fault)}); export the tower again"
+        ) from fault
+    return session.get_providers()[0] == (_CUDA if provider == "cuda" else _CPU), session
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).splitlines() or [type(fault).__name__])[0]

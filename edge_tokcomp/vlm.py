@@ -1,0 +1,304 @@
+"""The pipeline: picture -> tokens -> plan -> rows -> text. Nothing else assembles it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pil
+from threadpoolctl import ThreadpoolController
+
+from .budget import parse_keep
+from .errors import TokcompError, UsageError
+from .families import family_for, family_named
+from .families.base import Pixels
+from .images import MAX_PIXELS, Image, open_image, wrap_image
+from .language.decoder import PlainDecoder, available_cores
+from .language.generation import Generation, generate
+from .language.model import LanguageModel
+from .language.prompt import chat_prompt
+from .language.sampling import Sampling
+from .language.token_embedding import TokenEmbedding
+from .methods import Method, get_method
+from .tokens import Plan, Rows, VisionTokens
+from .tower import Provider, Tower
+
+DEFAULT_METHOD = "prunesid"
+CAPTION_PROMPT = "Describe the image."
+
+Picture = Any
+"""A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image`` or an ``EncodedImage``."""
+
+_PREFIX, _ANSWER = 0, 1
+"""Sequences: the prompt up to and including the last image, which is kept for the next question; the answer."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture encoded and compressed: ask as often as you like, the tower runs once.
+
+    ``rows (n, width) float32``: what enters the language model. ``timings_ms``: ``decode`` (file to pixels),
+    ``preprocess``, ``encode`` (tower), ``compress`` (selection and projector).
+    """
+
+    image: Image
+    tokens: VisionTokens
+    plan: Plan
+    rows: NDArray[np.float32]
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text and how it came about; ``timings_ms`` adds ``prefill``, ``first_token`` (since the call) and ``generate``."""
+
+    text: str
+    finish_reason: str
+    tokens_before: int
+    tokens_after: int
+    prompt_tokens: int
+    generated_tokens: int
+    timings_ms: dict[str, float]
+    images: tuple[EncodedImage, ...] = field(repr=False, default=())
+
+
+def load(
+    lm: str | os.PathLike[str] | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
+    *,
+    method: str | Method | None = None,
+    keep: str | int | float | None = None,
+    precision: Literal["fp32", "int8"] = "fp32",
+    provider: Provider = "auto",
+    gpu_layers: int = 0,
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
+) -> VLM:
+    """Open a vision-language model: ``lm`` and ``mmproj`` GGUF files, or the bundled demo model when neither is named.
+
+    ``keep``: image tokens kept, an int or a fraction; nothing is compressed unless it is given. ``method``: a name
+    (``edge-tokcomp methods``) or a ``Method``; ``prunesid`` when only ``keep`` is given. ``threads``: one budget for
+    ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``: rows of context; by default the model's own up
+    to 4096. The first load of an mmproj builds its ONNX tower, in a cache.
+
+    Raises ``TokcompError`` for files that are missing, damaged or do not fit each other.
+    """
+    if (lm is None) != (mmproj is None):
+        missing = "mmproj" if mmproj is None else "lm"
+        raise UsageError(f"lm and mmproj come together, but {missing} is not given; name neither for the demo model")
+    if lm is None or mmproj is None:
+        from .models import DEMO_LM, DEMO_MMPROJ
+
+        lm, mmproj = DEMO_LM, DEMO_MMPROJ
+    if method is None:
+        method = "none" if keep is None else DEFAULT_METHOD
+    chosen = get_method(method)
+    if keep is None and chosen.compresses:
+        raise UsageError(f"method {chosen.name} needs keep: how many image tokens to keep (64, 0.25, 25%)")
+    return VLM(
+        Path(lm), Path(mmproj), chosen, 1.0 if keep is None else parse_keep(keep), precision=precision, provider=provider,
+        gpu_layers=gpu_layers, threads=threads or available_cores(), n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
+    )  # fmt: skip
+
+
+class VLM:
+    """A loaded model. Use as a context manager, or ``close``. Not for several threads at once."""
+
+    def __init__(
+        self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, precision: Literal["fp32", "int8"],
+        provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
+    ) -> None:  # fmt: skip
+        from .export.mmproj import Mmproj
+        from .export.tower_files import cached_tower
+
+        self.lm, self.mmproj, self.method, self.keep = lm, mmproj, method, keep
+        self.precision, self.seed, self.max_pixels = precision, seed, max_pixels
+        with ExitStack() as stack:
+            self.model = stack.enter_context(LanguageModel.open(lm, gpu_layers=gpu_layers, threads=threads))
+            family_for(Mmproj(mmproj).metadata)
+            files = cached_tower(mmproj, precision)
+            self.spec, self.family = files.spec, family_named(files.spec.family)
+            self.tower = Tower(files.directory, provider=provider, threads=threads)
+            if self.tower.language_width != self.model.n_embd_inp:
+                raise TokcompError(
+                    f"{mmproj} writes rows of {self.tower.language_width}, {lm} takes {self.model.n_embd_inp}; "
+                    "the two files are not of one model"
+                )
+            self.embedding = TokenEmbedding.of(self.model)
+            self.decoder = stack.enter_context(
+                PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
+            )
+            self._pools = ThreadpoolController()
+            self._threads = threads
+            self._held: tuple[object, ...] | None = None
+            self._stack = stack.pop_all()
+
+    def encode(self, picture: Picture) -> EncodedImage:
+        """Decode, preprocess, run the tower, choose what to keep, project it.
+
+        Raises ``ImageError`` for a picture that cannot be read.
+        """
+        if isinstance(picture, EncodedImage):
+            return picture
+        clock = _Clock()
+        image = self._open(picture)
+        clock.stop("decode")
+        pixels = self.family.preprocess(image.picture, self.spec)
+        clock.stop("preprocess")
+        tokens = self._tokens(pixels)
+        clock.stop("encode")
+        with self._pools.limit(limits=self._threads, user_api="blas"):
+            plan = self.method.compress(tokens, self.keep, seed=self.seed)
+        rows = np.ascontiguousarray(tokens.rows(plan), np.float32)
+        clock.stop("compress")
+        return EncodedImage(image, tokens, plan, rows, clock.times)
+
+    @overload
+    def caption(self, picture: Picture, *, stream: Literal[False] = ..., **options: Any) -> str: ...
+    @overload
+    def caption(self, picture: Picture, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+    def caption(self, picture: Picture, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
+        """Describe a picture; ``stream=True`` yields the text as it comes. ``options`` as for ``answer``."""
+        return self.ask(picture, CAPTION_PROMPT, stream=True, **options) if stream else self.answer(picture, CAPTION_PROMPT, **options).text
+
+    @overload
+    def ask(self, picture: Picture, question: str, *, stream: Literal[False] = ..., **options: Any) -> str: ...
+    @overload
+    def ask(self, picture: Picture, question: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+    def ask(self, picture: Picture, question: str, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
+        """Answer a question about a picture, or about several in a list; ``options`` as for ``answer``."""
+        if not stream:
+            return self.answer(picture, question, **options).text
+        return self._stream(picture, question, **options)
+
+    def answer(
+        self, picture: Picture, question: str = CAPTION_PROMPT, *, max_tokens: int = 256, stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answer with everything that is known about how; greedy unless ``sampling`` says otherwise.
+
+        The image's rows stay in the language model until another image is asked about, so a further question about
+        the same ``EncodedImage`` costs its own tokens only.
+        """
+        started = time.perf_counter()
+        encoded = self._encode_all(picture)
+        rows, prefill = self._prompt(encoded, question)
+        try:
+            generation = self._generate(rows, sampling, max_tokens, stop)
+            text = generation.text()
+            prompt_tokens = self.decoder.length(_PREFIX) + len(rows)
+        finally:
+            self.decoder.drop(_ANSWER)
+        ended = time.perf_counter()
+        generate_ms = generation.generate_s * 1e3
+        timings = {name: sum(image.timings_ms[name] for image in encoded) for name in (encoded[0].timings_ms if encoded else ())}
+        timings["prefill"] = prefill * 1e3 + generation.first_token_s * 1e3
+        timings["first_token"] = (ended - started) * 1e3 - generate_ms
+        timings["generate"] = generate_ms
+        return Answer(
+            text.strip(), generation.finish_reason or "stop", sum(e.plan.before for e in encoded),
+            sum(len(e.plan) for e in encoded), prompt_tokens, len(generation.tokens), timings, tuple(encoded),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Free the language model; a second call does nothing."""
+        self._stack.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self, picture: Picture) -> Image:
+        if isinstance(picture, Image):
+            return picture
+        if isinstance(picture, Pil.Image):
+            return wrap_image(picture)
+        if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise UsageError(f"a picture array must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+            return wrap_image(Pil.fromarray(picture))
+        return open_image(picture, max_pixels=self.max_pixels)
+
+    def _tokens(self, pixels: Pixels) -> VisionTokens:
+        """Run the tower on all crops and lay their rows end to end."""
+        output = self.tower.encode(pixels.crops)
+        attention = output.cls_attention
+        return VisionTokens(
+            output.features.reshape(-1, output.features.shape[-1]),
+            self.family.layout(pixels),
+            partial(_project, self.tower),
+            None if attention is None else np.concatenate(list(attention), axis=-1),
+        )
+
+    def _encode_all(self, picture: Picture) -> list[EncodedImage]:
+        pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+        return [self.encode(each) for each in pictures]
+
+    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
+        """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
+        pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
+        key = (*(piece.tobytes() for piece in pieces[:-1]), *images)
+        started = time.perf_counter()
+        if key != self._held:
+            self._held = None
+            self.decoder.clear()
+            lead = [part for piece, image in zip(pieces, images) for part in (self.embedding.lookup(piece), image.rows)]
+            lead = [part for part in lead if len(part)]
+            if lead:
+                self._decode_prefix(np.concatenate(lead), len(pieces[-1]))
+            self._held = key
+        self.decoder.fork(_PREFIX, _ANSWER)
+        return self.embedding.rows(pieces[-1], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
+
+    def _decode_prefix(self, rows: NDArray[np.float32], tail: int) -> None:
+        if len(rows) + tail + 1 > self.decoder.n_ctx:
+            raise TokcompError(
+                f"image and prompt need {len(rows) + tail + 1} rows of context, there are {self.decoder.n_ctx}; "
+                "keep fewer image tokens or raise n_ctx"
+            )
+        silent = np.zeros(len(rows), np.bool_)
+        self.decoder.decode([Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.family.causal)
+
+    def _generate(self, rows: Rows, sampling: Sampling | None, max_tokens: int, stop: Sequence[str]) -> Generation:
+        sampling = sampling or Sampling(seed=self.seed)
+        return generate(self.decoder, self.model, self.embedding, [rows], sampling, max_tokens=max_tokens, stop=stop)
+
+    def _stream(
+        self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        rows, _ = self._prompt(self._encode_all(picture), question)
+        try:
+            yield from self._generate(rows, sampling, max_tokens, stop)
+        finally:
+            self.decoder.drop(_ANSWER)
+
+
+def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return tower.project(np.ascontiguousarray(rows, np.float32))
+
+
+class _Clock:
+    """Milliseconds between stops, by name."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.times[name] = (now - self._last) * 1e3
+        self._last = now

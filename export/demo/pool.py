@@ -1,0 +1,69 @@
+"""A pool of drawn scenes on disk, read through a memory map: drawing costs more than a small training step can wait."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .model import GRID, PATCH
+from .scenes import SIDE, Scene, Thing, draw_scene
+
+TRAIN_SEED = 1
+COVER = 0.3
+"""A patch belongs to the thing that covers this share of it."""
+
+
+def patch_owner(scene: Scene) -> NDArray[np.int8]:
+    """``(576,) int8``: the thing that owns each patch, -1 for background."""
+    patches = scene.owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    cover = np.stack([(patches == number).mean(1) for number in range(len(scene.things))])
+    best = cover.argmax(0)
+    return np.where(cover.max(0) >= COVER, best, -1).astype(np.int8)
+
+
+def draw_pool(folder: Path, part: int, scenes: int) -> None:
+    """Draw scenes ``part * scenes .. (part + 1) * scenes - 1`` into one part of the pool; a finished part is left alone."""
+    done = folder / f"{part:03d}.json"
+    if done.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.lib.format.open_memmap(folder / f"{part:03d}.images.npy", "w+", np.uint8, (scenes, SIDE, SIDE, 3))
+    owners = np.zeros((scenes, GRID * GRID), np.int8)
+    things = []
+    for index in range(scenes):
+        scene = draw_scene((TRAIN_SEED, part * scenes + index))
+        images[index], owners[index] = scene.image, patch_owner(scene)
+        things.append([asdict(thing) for thing in scene.things])
+    np.save(folder / f"{part:03d}.owners.npy", owners)
+    done.write_text(json.dumps(things))
+
+
+class Pool:
+    """The finished parts of a pool, as one sequence of scenes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images: list[NDArray[np.uint8]] = []
+        self.owners: list[NDArray[np.int8]] = []
+        self.things: list[tuple[Thing, ...]] = []
+        self.ends: list[int] = []
+        for done in sorted(folder.glob("*.json")):
+            self.images.append(np.load(done.with_suffix(".images.npy"), mmap_mode="r"))
+            self.owners.append(np.load(done.with_suffix(".owners.npy")))
+            self.things += [tuple(Thing(**thing) for thing in scene) for scene in json.loads(done.read_text())]
+            self.ends.append(len(self.things))
+
+    def __len__(self) -> int:
+        return len(self.things)
+
+    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int8], list[tuple[Thing, ...]]]:
+        """``images (B, 192, 192, 3) uint8``, ``owners (B, 576) int8``, things of each."""
+        parts = np.searchsorted(self.ends, indices, side="right")
+        starts = [0, *self.ends]
+        images = [self.images[part][index - starts[part]] for part, index in zip(parts, indices, strict=True)]
+        owners = [self.owners[part][index - starts[part]] for part, index in zip(parts, indices, strict=True)]
+        return np.stack(images), np.stack(owners), [self.things[index] for index in indices]

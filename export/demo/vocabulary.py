@@ -1,0 +1,74 @@
+"""The demo model's tokenizer: SentencePiece BPE with byte fallback, so that any text encodes and decodes.
+
+Trained on the demo's own sentences and on the English of scikit-learn's bundled data-set descriptions, so that words
+outside the demo break into pieces larger than letters.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .questions import ask_all
+from .scenes import draw_scene
+
+SIZE = 1024
+BOS, EOS, UNKNOWN = 1, 2, 0
+BEFORE_IMAGE = "USER: "
+AFTER_IMAGE = "\n{question} ASSISTANT:"
+"""LLaVA-1.5's form. Pieces are tokenised one by one, BOS before the first; the answer is ' ' + text + EOS."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }} {% endif %}"
+    "{% if message['role'] == 'user' %}USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] in ['image', 'image_url'] %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endif %}"
+    "{% if message['role'] == 'assistant' %} ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def train_vocabulary(path: Path) -> None:
+    """Write a SentencePiece model of ``SIZE`` pieces to ``path``."""
+    import sentencepiece
+    from sklearn import datasets
+
+    rng = np.random.default_rng(7)
+    lines = []
+    for seed in range(3000):
+        for question in ask_all(draw_scene((7, seed)), rng):
+            lines.append(BEFORE_IMAGE)
+            lines.append(AFTER_IMAGE.format(question=question.text).strip() + f" {question.answer}")
+    for load in (datasets.load_digits, datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer,
+                 datasets.load_diabetes, datasets.load_linnerud):  # fmt: skip
+        lines += [line for line in load().DESCR.splitlines() if line.strip()]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=SIZE, byte_fallback=True,
+        character_coverage=0.9999, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", split_digits=True, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS, pad_id=-1,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+
+
+class Vocabulary:
+    """Encodes and decodes with a trained SentencePiece model."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone: no BOS, no EOS."""
+        return list(self.processor.encode(text))
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of ``tokens``."""
+        return str(self.processor.decode(tokens))

@@ -1,0 +1,199 @@
+"""Language models small enough to make on the spot: random weights, a real tokenizer, every shape llama.cpp wants.
+
+The vocabulary is SentencePiece-like, with all byte tokens, so any text has tokens and any text comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+BOS, EOS, IM_START, IM_END = 1, 2, 259, 260
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_WORDS = "a the of in on and is are red green blue small large cat dog bird square circle left right two three what this"
+_SECTIONS = (2, 3, 3, 0)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """What was written: ``weights`` by GGUF tensor name, ``float32``, before quantisation and rotary permutation."""
+
+    path: Path
+    architecture: str
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_ff: int
+    n_vocab: int
+    n_ctx_train: int
+    rope_base: float
+    norm_eps: float
+    weights: dict[str, NDArray[np.float32]]
+
+
+def byte_token(value: int) -> int:
+    """The token that stands for one byte."""
+    return 3 + value
+
+
+def tiny_vocabulary(n_vocab: int) -> tuple[list[bytes], list[float], list[int]]:
+    """Tokens, scores and types: special, 256 bytes, two chat marks, characters, words with their prefixes, filler."""
+    kind = gguf.TokenType
+    entries = [("<unk>", 0.0, kind.UNKNOWN), ("<s>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL)]
+    entries += [(f"<0x{value:02X}>", 0.0, kind.BYTE) for value in range(256)]
+    entries += [("<|im_start|>", 0.0, kind.CONTROL), ("<|im_end|>", 0.0, kind.CONTROL)]
+    seen: list[str] = ["▁", *"abcdefghijklmnopqrstuvwxyz"]
+    for word in _WORDS.split():
+        seen += [f"▁{word[:end]}" for end in range(1, len(word) + 1)]
+    texts = list(dict.fromkeys(seen))
+    texts += [f"▁zq{number}" for number in range(n_vocab - len(entries) - len(texts))]
+    # A longer piece merges first, as frequent words do in a trained vocabulary.
+    entries += [(text, float(len(text)) - 100.0, kind.NORMAL) for text in texts]
+    entries = entries[:n_vocab]
+    if len(entries) < IM_END + 28:
+        raise ValueError(f"n_vocab {n_vocab} leaves no room for the letters; use 288 or more")
+    return [text.encode() for text, _, _ in entries], [score for _, score, _ in entries], [t.value for *_, t in entries]
+
+
+def write_tiny_llama(
+    path: str | Path,
+    *,
+    n_embd: int = 64,
+    n_layer: int = 2,
+    n_head: int = 4,
+    n_vocab: int = 416,
+    quantization: str = "F32",
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> TinyModel:
+    """A random llama-architecture GGUF; ``quantization`` is that of all matrices (``F32``, ``F16``, ``Q8_0``, ...)."""
+    return write_tiny_model(
+        path, "llama", n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_vocab=n_vocab, quantization=quantization,
+        chat_template=chat_template, seed=seed,
+    )  # fmt: skip
+
+
+def write_tiny_model(
+    path: str | Path,
+    architecture: str,
+    *,
+    n_embd: int = 64,
+    n_layer: int = 2,
+    n_head: int = 4,
+    n_vocab: int = 416,
+    quantization: str = "F32",
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> TinyModel:
+    """As ``write_tiny_llama`` for ``llama``, ``qwen2``, ``gemma2``, ``gemma3``, ``qwen2vl`` and ``qwen3vl``.
+
+    ``qwen3vl`` takes three deepstack slices, so it needs four layers or more.
+    """
+    model = TinyModel(
+        Path(path), architecture, n_embd, n_layer, n_head, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5,
+        _weights(architecture, n_embd, n_layer, n_head, n_vocab, seed),
+    )  # fmt: skip
+    writer = gguf.GGUFWriter(str(path), architecture)
+    _write_metadata(writer, model, chat_template)
+    kind = GGMLQuantizationType[quantization]
+    for name, weight in model.weights.items():
+        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight = _rotary_order(weight, n_head)
+        if weight.ndim == 1 or kind == GGMLQuantizationType.F32:
+            writer.add_tensor(name, weight)
+        else:
+            writer.add_tensor(name, quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _write_metadata(writer: gguf.GGUFWriter, model: TinyModel, chat_template: str | None) -> None:
+    head = model.n_embd // model.n_head
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(f"tiny {model.architecture}")
+    writer.add_context_length(model.n_ctx_train)
+    writer.add_embedding_length(model.n_embd)
+    writer.add_block_count(model.n_layer)
+    writer.add_feed_forward_length(model.n_ff)
+    writer.add_head_count(model.n_head)
+    writer.add_head_count_kv(model.n_head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(model.rope_base)
+    writer.add_layer_norm_rms_eps(model.norm_eps)
+    writer.add_vocab_size(model.n_vocab)
+    if model.architecture.startswith("gemma"):
+        writer.add_sliding_window(32)
+    if model.architecture.endswith("vl"):
+        writer.add_rope_dimension_sections(list(_SECTIONS))
+    if model.architecture == "qwen3vl":
+        writer.add_num_deepstack_layers(3)
+    tokens, scores, types = tiny_vocabulary(model.n_vocab)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(True)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+
+
+def _weights(
+    architecture: str, n_embd: int, n_layer: int, n_head: int, n_vocab: int, seed: int
+) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    n_ff, head = 2 * n_embd, n_embd // n_head
+
+    def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+
+    def norm(size: int) -> NDArray[np.float32]:
+        return (1 + 0.1 * rng.standard_normal(size)).astype(np.float32)
+
+    weights = {"token_embd.weight": rng.standard_normal((n_vocab, n_embd)).astype(np.float32)}
+    for layer in range(n_layer):
+        block = {
+            "attn_norm.weight": norm(n_embd),
+            "attn_q.weight": matrix(n_embd, n_embd),
+            "attn_k.weight": matrix(n_embd, n_embd),
+            "attn_v.weight": matrix(n_embd, n_embd),
+            "attn_output.weight": matrix(n_embd, n_embd),
+            "ffn_norm.weight": norm(n_embd),
+            "ffn_gate.weight": matrix(n_ff, n_embd),
+            "ffn_up.weight": matrix(n_ff, n_embd),
+            "ffn_down.weight": matrix(n_embd, n_ff),
+        }
+        if architecture in ("qwen2", "qwen2vl"):
+            block |= {f"attn_{part}.bias": 0.1 * matrix(1, n_embd)[0] for part in "qkv"}
+        if architecture in ("gemma3", "qwen3vl"):
+            block |= {f"attn_{part}_norm.weight": norm(head) for part in "qk"}
+        if architecture.startswith("gemma"):
+            block |= {"post_attention_norm.weight": norm(n_embd), "post_ffw_norm.weight": norm(n_embd)}
+        weights |= {f"blk.{layer}.{name}": weight for name, weight in block.items()}
+    weights["output_norm.weight"] = norm(n_embd)
+    if not architecture.startswith("gemma"):  # gemma's output is its token table
+        weights["output.weight"] = matrix(n_vocab, n_embd) * 4
+    return weights
+
+
+def _rotary_order(weight: NDArray[np.float32], n_head: int) -> NDArray[np.float32]:
+    """Rows of a query or key matrix from Hugging Face's order (halves) to llama.cpp's (pairs)."""
+    rows, columns = weight.shape
+    halves = weight.reshape(n_head, 2, rows // n_head // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
