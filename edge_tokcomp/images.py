@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .errors import ImageError
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
         rgb, notes = _decode(data, max_pixels)
     except ImageError:
         raise
-    except Exception as fault:  # noqa: BLE001  Pillow's readers raise anything at all on hostile files.
+    except Exception as fault:
         raise ImageError(f"damaged or truncated ({type(fault).__name__}: {_one_line(fault)})") from fault
     return Image(rgb, hashlib.sha256(data).hexdigest(), tuple(notes))
 
@@ -96,12 +98,15 @@ def _decode(data: bytes, max_pixels: int) -> tuple[PilImage.Image, list[str]]:
     except UnidentifiedImageError:
         raise ImageError(f"not a picture that can be read ({_looks_like(data)})") from None
     except Pil.DecompressionBombError as fault:
-        raise ImageError(f"more pixels than the limit of {max_pixels:,} ({_one_line(fault)}); see --max-pixels") from None
+        raise ImageError(
+            f"more pixels than the limit of {max_pixels:,} ({_one_line(fault)}); see --max-pixels"
+        ) from None
     with picture:
         width, height = picture.size
         if width * height > max_pixels:
             raise ImageError(
-                f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; see --max-pixels"
+                f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
+                "see --max-pixels"
             )
         if min(width, height) < 1:
             raise ImageError(f"{width} x {height} has no pixels")
@@ -124,13 +129,15 @@ def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
     if mode == "CMYK":
         return _from_cmyk(picture)
     if mode.startswith("I;16") or mode == "I":
-        low, high = picture.getextrema()
+        low, high = _range(picture)
         if low < 0 or high > 65535:
-            raise ImageError(f"grey values {low}..{high} do not fit 16 bits")
-        return picture.convert("I").point(lambda value: value / 257).convert("L").convert("RGB"), ["16-bit grey scaled to 8"]
+            raise ImageError(f"grey values {low:g}..{high:g} do not fit 16 bits")
+        return picture.convert("I").point(lambda value: value / 257).convert("L").convert("RGB"), [
+            "16-bit grey scaled to 8"
+        ]
     if mode == "F":
-        low, high = picture.getextrema()
-        if not (0 <= low and high <= 1):
+        low, high = _range(picture)
+        if not (low >= 0 and high <= 1):
             raise ImageError(f"floating-point grey values {low:g}..{high:g} are not within 0..1")
         return picture.point(lambda value: value * 255).convert("L").convert("RGB"), ["float grey scaled to 8 bits"]
     if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -138,6 +145,12 @@ def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
         white = Pil.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Pil.alpha_composite(white, rgba).convert("RGB"), ["transparency over white"]
     return picture.convert("RGB"), []
+
+
+def _range(picture: PilImage.Image) -> tuple[float, float]:
+    """Least and greatest value of a picture of one band."""
+    values = np.asarray(picture)
+    return float(values.min()), float(values.max())
 
 
 def _from_cmyk(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
@@ -171,7 +184,9 @@ def _looks_like(data: bytes) -> str:
         text = data[:512].decode("utf-8")
     except UnicodeDecodeError:
         return f"it starts with {data[:8].hex(' ')}"
-    return "it is text" if text.isprintable() or any(c in text for c in "\n\t") else f"it starts with {data[:8].hex(' ')}"
+    return (
+        "it is text" if text.isprintable() or any(c in text for c in "\n\t") else f"it starts with {data[:8].hex(' ')}"
+    )
 
 
 def _one_line(fault: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +38,8 @@ CAPTION_PROMPT = "Describe the image."
 Picture = Any
 """A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image`` or an ``EncodedImage``."""
 
+_IMAGE_STAGES = ("decode", "preprocess", "encode", "compress")
+
 _PREFIX, _ANSWER = 0, 1
 """Sequences: the prompt up to and including the last image, which is kept for the next question; the answer."""
 
@@ -46,7 +48,8 @@ _PREFIX, _ANSWER = 0, 1
 class EncodedImage:
     """A picture encoded and compressed: ask as often as you like, the tower runs once.
 
-    ``rows (n, width) float32``: what enters the language model. ``timings_ms``: ``decode`` (file to pixels),
+    ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included.
+    ``parts``: that text, and crop numbers where a crop's rows go. ``timings_ms``: ``decode`` (file to pixels),
     ``preprocess``, ``encode`` (tower), ``compress`` (selection and projector).
     """
 
@@ -54,12 +57,17 @@ class EncodedImage:
     tokens: VisionTokens
     plan: Plan
     rows: NDArray[np.float32]
+    parts: tuple[str | int, ...]
     timings_ms: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Text and how it came about; ``timings_ms`` adds ``prefill``, ``first_token`` (since the call) and ``generate``."""
+    """Text and how it came about.
+
+    ``timings_ms``: the stages of every image, ``prefill`` (prompt and image rows to the first logits), ``first_token``
+    (all of these together: what a person waits for) and ``generate``.
+    """
 
     text: str
     finish_reason: str
@@ -107,8 +115,9 @@ def load(
     if keep is None and chosen.compresses:
         raise UsageError(f"method {chosen.name} needs keep: how many image tokens to keep (64, 0.25, 25%)")
     return VLM(
-        Path(lm), Path(mmproj), chosen, 1.0 if keep is None else parse_keep(keep), precision=precision, provider=provider,
-        gpu_layers=gpu_layers, threads=threads or available_cores(), n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
+        Path(lm), Path(mmproj), chosen, 1.0 if keep is None else parse_keep(keep),
+        precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or available_cores(),
+        n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
 
 
@@ -142,6 +151,7 @@ class VLM:
             self._pools = ThreadpoolController()
             self._threads = threads
             self._held: tuple[object, ...] | None = None
+            self._streaming: Generator[str, None, None] | None = None
             self._stack = stack.pop_all()
 
     def encode(self, picture: Picture) -> EncodedImage:
@@ -158,11 +168,28 @@ class VLM:
         clock.stop("preprocess")
         tokens = self._tokens(pixels)
         clock.stop("encode")
+        return self._compressed(image, tokens, self.family.prompt(pixels), clock.times, self.method, self.keep)
+
+    def compress(self, encoded: EncodedImage, method: Method, keep: int | float) -> EncodedImage:
+        """The same encoded picture under another method and budget."""
+        return self._compressed(encoded.image, encoded.tokens, encoded.parts, encoded.timings_ms, method, keep)
+
+    def _compressed(
+        self, image: Image, tokens: VisionTokens, parts: tuple[str | int, ...], times: Mapping[str, float],
+        method: Method, keep: int | float,
+    ) -> EncodedImage:  # fmt: skip
+        clock = _Clock()
         with self._pools.limit(limits=self._threads, user_api="blas"):
-            plan = self.method.compress(tokens, self.keep, seed=self.seed)
-        rows = np.ascontiguousarray(tokens.rows(plan), np.float32)
+            plan = method.compress(tokens, keep, seed=self.seed)
+        kept = np.asarray(tokens.rows(plan), np.float32)
+        crop = tokens.layout.crop[plan.keep]
+        rows = np.concatenate([
+            kept[crop == part] if isinstance(part, int)
+            else self.embedding.lookup(self.model.tokenize(part, add_special=False, parse_special=True))
+            for part in parts
+        ])  # fmt: skip
         clock.stop("compress")
-        return EncodedImage(image, tokens, plan, rows, clock.times)
+        return EncodedImage(image, tokens, plan, rows, parts, {**times, **clock.times})
 
     @overload
     def caption(self, picture: Picture, *, stream: Literal[False] = ..., **options: Any) -> str: ...
@@ -170,7 +197,9 @@ class VLM:
     def caption(self, picture: Picture, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
     def caption(self, picture: Picture, *, stream: bool = False, **options: Any) -> str | Iterator[str]:
         """Describe a picture; ``stream=True`` yields the text as it comes. ``options`` as for ``answer``."""
-        return self.ask(picture, CAPTION_PROMPT, stream=True, **options) if stream else self.answer(picture, CAPTION_PROMPT, **options).text
+        if not stream:
+            return self.answer(picture, CAPTION_PROMPT, **options).text
+        return self._stream(picture, CAPTION_PROMPT, **options)
 
     @overload
     def ask(self, picture: Picture, question: str, *, stream: Literal[False] = ..., **options: Any) -> str: ...
@@ -191,7 +220,6 @@ class VLM:
         The image's rows stay in the language model until another image is asked about, so a further question about
         the same ``EncodedImage`` costs its own tokens only.
         """
-        started = time.perf_counter()
         encoded = self._encode_all(picture)
         rows, prefill = self._prompt(encoded, question)
         try:
@@ -200,12 +228,10 @@ class VLM:
             prompt_tokens = self.decoder.length(_PREFIX) + len(rows)
         finally:
             self.decoder.drop(_ANSWER)
-        ended = time.perf_counter()
-        generate_ms = generation.generate_s * 1e3
-        timings = {name: sum(image.timings_ms[name] for image in encoded) for name in (encoded[0].timings_ms if encoded else ())}
-        timings["prefill"] = prefill * 1e3 + generation.first_token_s * 1e3
-        timings["first_token"] = (ended - started) * 1e3 - generate_ms
-        timings["generate"] = generate_ms
+        timings = {stage: sum(image.timings_ms[stage] for image in encoded) for stage in _IMAGE_STAGES}
+        timings["prefill"] = (prefill + generation.first_token_s) * 1e3
+        timings["first_token"] = sum(timings.values())
+        timings["generate"] = generation.generate_s * 1e3
         return Answer(
             text.strip(), generation.finish_reason or "stop", sum(e.plan.before for e in encoded),
             sum(len(e.plan) for e in encoded), prompt_tokens, len(generation.tokens), timings, tuple(encoded),
@@ -218,7 +244,9 @@ class VLM:
     def __enter__(self) -> VLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self, picture: Picture) -> Image:
@@ -249,14 +277,17 @@ class VLM:
 
     def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
         """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
+        if self._streaming is not None:
+            self._streaming.close()  # an answer that nobody reads to its end must not hold the sequence
+            self._streaming = None
         pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
         key = (*(piece.tobytes() for piece in pieces[:-1]), *images)
         started = time.perf_counter()
         if key != self._held:
             self._held = None
             self.decoder.clear()
-            lead = [part for piece, image in zip(pieces, images) for part in (self.embedding.lookup(piece), image.rows)]
-            lead = [part for part in lead if len(part)]
+            text = [self.embedding.lookup(piece) for piece in pieces[:-1]]
+            lead = [part for pair in zip(text, (image.rows for image in images), strict=True) for part in pair]
             if lead:
                 self._decode_prefix(np.concatenate(lead), len(pieces[-1]))
             self._held = key
@@ -270,7 +301,9 @@ class VLM:
                 "keep fewer image tokens or raise n_ctx"
             )
         silent = np.zeros(len(rows), np.bool_)
-        self.decoder.decode([Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.family.causal)
+        self.decoder.decode(
+            [Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.family.causal
+        )
 
     def _generate(self, rows: Rows, sampling: Sampling | None, max_tokens: int, stop: Sequence[str]) -> Generation:
         sampling = sampling or Sampling(seed=self.seed)
@@ -281,10 +314,15 @@ class VLM:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
         rows, _ = self._prompt(self._encode_all(picture), question)
-        try:
-            yield from self._generate(rows, sampling, max_tokens, stop)
-        finally:
-            self.decoder.drop(_ANSWER)
+
+        def run() -> Generator[str, None, None]:
+            try:
+                yield from self._generate(rows, sampling, max_tokens, stop)
+            finally:
+                self.decoder.drop(_ANSWER)
+
+        self._streaming = run()
+        return self._streaming
 
 
 def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -40,7 +40,7 @@ class Check:
     @property
     def exact(self) -> bool:
         """Within rounding of the source."""
-        return max(self.features, self.cls_attention, self.embeddings) <= EXACT
+        return all(error <= EXACT for error in (self.features, self.cls_attention, self.embeddings))
 
     @property
     def close(self) -> bool:

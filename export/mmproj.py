@@ -3,8 +3,8 @@
 ``gguf.GGUFReader`` trusts the counts in a file and makes an object of every array element, so the header is read with
 suspicion first. The tensors a tower needs are checked by name and shape before the first of them is read.
 
-Old converters wrote the two linears of a block's feed-forward under each other's name; here ``ffn_up`` always widens and
-``ffn_down`` always narrows.
+Old converters wrote the two linears of a block's feed-forward under each other's name; here ``ffn_up`` always widens
+and ``ffn_down`` always narrows.
 """
 
 from __future__ import annotations

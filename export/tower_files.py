@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import family_for
 from edge_tokcomp.families.base import TowerSpec
@@ -31,6 +33,7 @@ EXPORTER = 1
 """Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
 
 Precision = Literal["fp32", "int8"]
+"""int8 stores and multiplies the blocks' matrices in 8 bits, quantising activations as they come: for CPUs."""
 
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")
 # Rungs of int8, fastest first: what stays in float32. A sharp attention suffers in the queries and keys, outliers in
@@ -124,7 +127,7 @@ def _build(source: Path, beside: Path, precision: Precision, digest: str) -> Pat
         partial.mkdir(parents=True)
     except OSError as fault:
         raise TokcompError(
-            f"{beside}: cannot be written ({fault.strerror}); set EDGE_TOKCOMP_CACHE to a folder that can"
+            f"{beside}: cannot be written ({fault.strerror}); name another folder (for the cache, EDGE_TOKCOMP_CACHE)"
         ) from fault
     try:
         check, left_alone = _write_graphs(spec, mmproj, partial, precision)
@@ -147,6 +150,8 @@ def _build(source: Path, beside: Path, precision: Precision, digest: str) -> Pat
 
 def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precision) -> tuple[Check, tuple[str, ...]]:
     reference = Reference.of(spec, mmproj)
+    if not np.isfinite(reference.embeddings).all():
+        raise TokcompError(f"{mmproj.path}: its weights give no finite numbers; download or convert it again")
     write_projector(spec, mmproj, into / "projector.onnx")
     if precision == "fp32":
         write_tower(spec, mmproj, into / "tower.onnx")

@@ -12,13 +12,13 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from tiny_models import BOS, EOS, IM_END, TinyModel, byte_token, tiny_vocabulary, write_tiny_llama, write_tiny_model
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.gguf_header import read_header
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.token_embedding import TokenEmbedding
+from tiny_models import BOS, EOS, IM_END, TinyModel, byte_token, tiny_vocabulary, write_tiny_llama, write_tiny_model
 
 TEXT = "the red cat on the left, 7 日本"
 

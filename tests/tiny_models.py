@@ -18,7 +18,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = "a the of in on and is are red green blue small large cat dog bird square circle left right two three what this"
+_WORDS = "a the of in on and is are red green blue small large cat dog bird square circle left right two what this"
 _SECTIONS = (2, 3, 3, 0)
 
 
@@ -93,9 +93,10 @@ def write_tiny_model(
     chat_template: str | None = None,
     seed: int = 0,
 ) -> TinyModel:
-    """As ``write_tiny_llama`` for ``llama``, ``qwen2``, ``gemma2``, ``gemma3``, ``qwen2vl`` and ``qwen3vl``.
+    """As ``write_tiny_llama`` for ``llama``, ``qwen2``, ``gemma2``, ``gemma3``, ``qwen2vl``, ``qwen3vl`` and ``lfm2``.
 
-    ``qwen3vl`` takes three deepstack slices, so it needs four layers or more.
+    ``qwen3vl`` takes three deepstack slices, so it needs four layers or more; in ``lfm2`` every other layer, from the
+    first, is a convolution.
     """
     model = TinyModel(
         Path(path), architecture, n_embd, n_layer, n_head, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5,
@@ -127,7 +128,11 @@ def _write_metadata(writer: gguf.GGUFWriter, model: TinyModel, chat_template: st
     writer.add_block_count(model.n_layer)
     writer.add_feed_forward_length(model.n_ff)
     writer.add_head_count(model.n_head)
-    writer.add_head_count_kv(model.n_head)
+    if model.architecture == "lfm2":
+        writer.add_head_count_kv([model.n_head * (layer % 2) for layer in range(model.n_layer)])
+        writer.add_shortconv_l_cache(3)
+    else:
+        writer.add_head_count_kv(model.n_head)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
@@ -181,12 +186,19 @@ def _weights(
         }
         if architecture in ("qwen2", "qwen2vl"):
             block |= {f"attn_{part}.bias": 0.1 * matrix(1, n_embd)[0] for part in "qkv"}
-        if architecture in ("gemma3", "qwen3vl"):
+        if architecture in ("gemma3", "qwen3vl", "lfm2"):
             block |= {f"attn_{part}_norm.weight": norm(head) for part in "qk"}
         if architecture.startswith("gemma"):
             block |= {"post_attention_norm.weight": norm(n_embd), "post_ffw_norm.weight": norm(n_embd)}
+        if architecture == "lfm2" and layer % 2 == 0:
+            block = {name: weight for name, weight in block.items() if name.startswith(("ffn", "attn_norm"))}
+            block |= {
+                "shortconv.conv.weight": matrix(n_embd, 3),
+                "shortconv.in_proj.weight": matrix(3 * n_embd, n_embd),
+            }
+            block["shortconv.out_proj.weight"] = matrix(n_embd, n_embd)
         weights |= {f"blk.{layer}.{name}": weight for name, weight in block.items()}
-    weights["output_norm.weight"] = norm(n_embd)
+    weights["token_embd_norm.weight" if architecture == "lfm2" else "output_norm.weight"] = norm(n_embd)
     if not architecture.startswith("gemma"):  # gemma's output is its token table
         weights["output.weight"] = matrix(n_vocab, n_embd) * 4
     return weights

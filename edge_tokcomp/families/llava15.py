@@ -17,6 +17,7 @@ are not run; a count beyond the blocks present is an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -132,11 +133,30 @@ def _pad_and_resize(image: Image.Image, spec: TowerSpec) -> Image.Image:
         raise ImageError(f"picture of {width}x{height} pixels: sides must be within 1..{LONGEST_SIDE}; resize it first")
     colour = tuple(min(max(int(mean * 255), 0), 255) for mean in spec.image_mean)
     left, top = (side - width) // 2, (side - height) // 2
+    (first, last), (begin, end) = _columns(left, width, side, target)
+    scale = side / target
     narrow = Image.new("RGB", (target, side), colour)
-    step = max(1, _STRIP_PIXELS // side)
-    for first in range(0, height, step):
-        last = min(first + step, height)
-        strip = Image.new("RGB", (side, last - first), colour)
-        strip.paste(image.crop((0, first, width, last)), (left, 0))
-        narrow.paste(strip.resize((target, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    step = max(1, _STRIP_PIXELS // (end - begin))
+    for upper in range(0, height, step):
+        lower = min(upper + step, height)
+        strip = Image.new("RGB", (end - begin, lower - upper), colour)
+        strip.paste(image.crop((0, upper, width, lower)), (left - begin, 0))
+        box = (first * scale - begin, 0, last * scale - begin, lower - upper)
+        narrow.paste(strip.resize((last - first, lower - upper), Image.Resampling.BICUBIC, box), (first, top + upper))
     return narrow.resize((target, target), Image.Resampling.BICUBIC)
+
+
+def _columns(left: int, width: int, side: int, target: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The resized columns that a picture at ``left`` touches, and the padded columns those are made of.
+
+    All of them, unless the picture is so narrow that most would be padding made of padding.
+    """
+    if 4 * width > side:
+        return (0, target), (0, side)
+    scale = side / target
+    reach = 2 * max(scale, 1)  # Of the bicubic filter, in padded columns.
+    first = max(0, math.floor((left - reach) / scale) - 1)
+    last = min(target, math.ceil((left + width + reach) / scale) + 1)
+    begin = max(0, math.floor(first * scale - reach) - 1)
+    end = min(side, math.ceil(last * scale + reach) + 1)
+    return (first, last), (begin, end)

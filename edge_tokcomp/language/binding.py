@@ -171,7 +171,7 @@ class Model(Handle):
 
     @property
     def has_tokenizer(self) -> bool:
-        return int(llama.llama_vocab_type(self.vocab)) != llama.LLAMA_VOCAB_TYPE_NONE
+        return int(llama.llama_vocab_type(self.vocab)) != int(llama.LLAMA_VOCAB_TYPE_NONE)
 
     def adds_bos(self) -> bool:
         return bool(llama.llama_vocab_get_add_bos(self.vocab))
@@ -303,12 +303,12 @@ class Context(Handle):
         if code:
             raise TokcompError(f"llama.cpp cannot decode {count} rows (code {code}: {_backend.reason})")
 
-    def logits(self, row: int) -> Floats:
-        """A copy of the logits ``(n_vocab,)`` of a row of the last batch that was flagged as output."""
+    def copy_logits(self, row: int, into: Floats) -> None:
+        """Write the logits of a row of the last batch, flagged as output, into ``(n_vocab,) float32``."""
         pointer = llama.llama_get_logits_ith(self.pointer, row)
         if not pointer:
             raise ValueError(f"row {row} of the last batch has no logits")
-        return np.ctypeslib.as_array(pointer, (self._n_vocab,)).copy()
+        into[:] = np.ctypeslib.as_array(pointer, (self._n_vocab,))
 
     def set_causal(self, causal: bool) -> None:
         llama.llama_set_causal_attn(self.pointer, causal)

@@ -25,6 +25,8 @@ Logits = NDArray[np.float32]
 
 _MAX_SEQUENCES = 256
 _SPARE_OUTPUTS = 32
+_BOOKKEEPING_BYTES = 64
+"""What llama.cpp and ``Cells`` note about one cell, roughly."""
 
 
 class Decoder(Protocol):
@@ -106,7 +108,8 @@ class PlainDecoder:
     ) -> None:
         """``threads`` for single rows, ``threads_batch`` for batches; ``None`` takes the model's, then every core.
 
-        ``flash_attention``: ``None`` lets llama.cpp decide. Raises ``TokcompError`` when the context cannot be made.
+        ``flash_attention``: ``None`` lets llama.cpp decide, except that it is off for ``kv_type="f32"``, because it
+        rounds to f16. Raises ``UsageError`` for options out of range, ``TokcompError`` when the context cannot be made.
         """
         sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_sequences": n_sequences}
         for name, value in sizes.items():
@@ -124,6 +127,9 @@ class PlainDecoder:
             threads_batch = threads
         if min(threads, threads_batch) < 1:
             raise UsageError(f"threads {threads} and threads_batch {threads_batch} must be positive")
+        if flash_attention is None and kv_type == "f32":
+            flash_attention = False
+        _check_memory(model, n_ctx, kv_type)
         self._model = model
         self._n_sequences = n_sequences
         # llama.cpp reserves a buffer of n_outputs x n_vocab floats: 300 MB for 512 rows of a 150 000 token vocabulary.
@@ -201,7 +207,7 @@ class PlainDecoder:
                         join.embeddings[part], join.positions[..., part], join.sequences[part], wanted.astype(np.int8)
                     )
                     for row in np.flatnonzero(wanted):
-                        answers[done] = self._context.logits(int(row))
+                        self._context.copy_logits(int(row), answers[done])
                         done += 1
             for rows in batch:
                 self._cells.add(rows.sequence, rows.positions)
@@ -319,6 +325,19 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _check_memory(model: LanguageModel, n_ctx: int, kv_type: str) -> None:
+    """Refuse a cache beyond the machine: the system would end the process instead of llama.cpp saying no."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = n_ctx * (model.kv_bytes_per_row(kv_type) + _BOOKKEEPING_BYTES)
+    if needed > memory:
+        raise TokcompError(
+            f"n_ctx {n_ctx} needs {needed / 2**30:.1f} GiB for the key-value cache, this machine has "
+            f"{memory / 2**30:.1f} GiB; lower n_ctx"
+        )
 
 
 def _wanted(rows: Rows) -> NDArray[np.bool_]:

@@ -226,4 +226,4 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], type_id: int) -> int | None
         elements *= extent
     if shape[0] % block:
         raise ValueError(f"tensor {name!r} has rows of {shape[0]}, not whole blocks of {block}")
-    return elements // block * block_bytes
+    return elements // int(block) * int(block_bytes)

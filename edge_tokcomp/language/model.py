@@ -72,6 +72,15 @@ class LanguageModel:
         """True for M-RoPE models, whose image rows carry four positions ``(t, y, x, 0)``."""
         return self.rope_type in _MULTI_POSITION_ROPE
 
+    def kv_bytes_per_row(self, kv_type: str = "f16") -> int:
+        """Bytes that one row takes in the key-value cache, estimated from the first layer's heads."""
+        heads = self.handle.fact("n_head_kv")
+        usual = self.n_embd / max(self.handle.fact("n_head"), 1)
+        width = sum(
+            self.header.number(f"{self.architecture}.attention.{part}_length", usual) for part in ("key", "value")
+        )
+        return int(width) * heads * self.n_layer * (4 if kv_type == "f32" else 2)
+
     @property
     def bos_text(self) -> str:
         """How the vocabulary writes the begin-of-sequence token, ``""`` where there is none."""

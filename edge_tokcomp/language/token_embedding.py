@@ -52,7 +52,8 @@ class TokenEmbedding:
             raise TokcompError(f"{part.path}: {_TABLE} has {table.type_name}, unknown to gguf; update the gguf package")
         self._type = GGMLQuantizationType(table.type_id)
         self._raw = np.memmap(part.path, np.uint8, "r", table.offset, (self.n_vocab, table.n_bytes // self.n_vocab))
-        self._scale = _scale(header, self.n_embd, self.row_width)
+        # float32, as llama.cpp multiplies: a factor rounded otherwise would change the last bit.
+        self._scale = np.float32(_scale(header, self.n_embd, self.row_width))
         try:
             self.lookup([0])
         except NotImplementedError as fault:
@@ -104,11 +105,11 @@ def _find_table(header: GgufHeader) -> tuple[GgufHeader, TensorInfo]:
     raise TokcompError(f"{header.path}: has no {_TABLE} matrix, so it is not a language model")
 
 
-def _scale(header: GgufHeader, n_embd: int, row_width: int) -> np.float32:
+def _scale(header: GgufHeader, n_embd: int, row_width: int) -> float:
     architecture = header.text("general.architecture")
     if architecture in _SCALED_TOKENS:
-        return np.float32(math.sqrt(n_embd))
+        return math.sqrt(n_embd)
     if row_width > n_embd:
         # Granite with deepstack: embedding_scale is applied to tokens only; without deepstack the graph applies it.
-        return np.float32(header.number(f"{architecture}.embedding_scale", 1.0))
-    return np.float32(1.0)
+        return header.number(f"{architecture}.embedding_scale", 1.0)
+    return 1.0

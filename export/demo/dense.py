@@ -27,8 +27,10 @@ _COLOR_INDEX = {color: index for index, color in enumerate(COLORS)}
 
 @dataclass(frozen=True, eq=False)
 class DenseTargets:
-    """Per patch ``(B, N)``: ``shape`` (0 is background), ``color``, ``digit`` (-100 where there is none), ``box (B, N, 3)``
-    centre and diameter as fractions of the scene's edge; ``scene (B, names) float`` which names are present, ``count (B,)``.
+    """Per patch ``(B, N)``: ``shape`` (0 is background), ``color``, ``digit`` (-100 where there is none).
+
+    ``box (B, N, 3)``: centre and diameter of the patch's thing as fractions of the scene's edge. ``scene (B, names)``:
+    which names are present; ``count (B,)``: how many things.
     """
 
     shape: Tensor
@@ -60,7 +62,14 @@ def dense_targets(owners: NDArray[np.int8], things: Sequence[Sequence[Thing]]) -
             box[row, mine] = (thing.x / SIDE, thing.y / SIDE, thing.size / SIDE)
             present[row, _SHAPE_INDEX[thing.shape] * len(COLORS) + _COLOR_INDEX[thing.color]] = 1
     count = np.array([len(scene) for scene in things])
-    return DenseTargets(*map(torch.from_numpy, (shape, color, digit, box, present, count)))
+    return DenseTargets(
+        torch.from_numpy(shape),
+        torch.from_numpy(color),
+        torch.from_numpy(digit),
+        torch.from_numpy(box),
+        torch.from_numpy(present),
+        torch.from_numpy(count),
+    )
 
 
 def windows(
@@ -70,22 +79,29 @@ def windows(
     full = dense_targets(owners, things)
     pixels, cells = [], []
     for image, scene in zip(images, things, strict=True):
-        thing = scene[rng.integers(len(scene))]
+        thing = scene[int(rng.integers(len(scene)))]
         top, left = (
-            int(np.clip(round(at / PATCH - WINDOW / 2 + rng.uniform(-4, 4)), 0, GRID - WINDOW)) for at in (thing.y, thing.x)
+            int(np.clip(round(at / PATCH - WINDOW / 2 + rng.uniform(-4, 4)), 0, GRID - WINDOW))
+            for at in (thing.y, thing.x)
         )
         side = WINDOW * PATCH
         pixels.append(image[top * PATCH : top * PATCH + side, left * PATCH : left * PATCH + side])
         cells.append(((top + np.arange(WINDOW))[:, None] * GRID + left + np.arange(WINDOW)).reshape(-1))
     where = torch.from_numpy(np.stack(cells))
     targets = DenseTargets(
-        *(values.gather(1, where) for values in (full.shape, full.color, full.digit)),
-        full.box.gather(1, where[..., None].expand(-1, -1, 3)), full.scene, full.count,
-    )  # fmt: skip
+        full.shape.gather(1, where),
+        full.color.gather(1, where),
+        full.digit.gather(1, where),
+        full.box.gather(1, where[..., None].expand(-1, -1, 3)),
+        full.scene,
+        full.count,
+    )
     return pixels_of(np.stack(pixels)), where, targets
 
 
-def dense_loss(heads: DenseHeads, features: Tensor, targets: DenseTargets, *, whole: bool) -> tuple[Tensor, dict[str, float]]:
+def dense_loss(
+    heads: DenseHeads, features: Tensor, targets: DenseTargets, *, whole: bool
+) -> tuple[Tensor, dict[str, float]]:
     """Loss of ``features (B, 1 + N, width)`` and accuracies; ``whole`` adds the scene-wide targets of CLS.
 
     Object and background patches are averaged apart: a plain mean drowns the objects.

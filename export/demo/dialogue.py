@@ -25,8 +25,8 @@ TEXT = 224
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
-    """``tokens``, ``targets`` (-100 where nothing is learnt), ``positions``, ``block`` each ``(B, TEXT)``; ``weight`` of each
-    target; ``questions`` with the span of their answers.
+    """``tokens``, ``targets`` (-100 where nothing is learnt), ``positions``, ``block`` each ``(B, TEXT)``;
+    ``weight`` of each target; ``questions`` with the span of their answers.
     """
 
     tokens: Tensor
@@ -37,7 +37,9 @@ class Dialogue:
     questions: list[list[tuple[Question, int, int]]]
 
 
-def build(vocabulary: Vocabulary, scenes: Sequence[Sequence[Thing]], rng: np.random.Generator, *, each: int) -> Dialogue:
+def build(
+    vocabulary: Vocabulary, scenes: Sequence[Sequence[Thing]], rng: np.random.Generator, *, each: int
+) -> Dialogue:
     """Draw questions about every scene and lay them out."""
     start = 1 + len(vocabulary.encode(BEFORE_IMAGE)) + GRID * GRID
     shape = (len(scenes), TEXT)
@@ -65,7 +67,14 @@ def build(vocabulary: Vocabulary, scenes: Sequence[Sequence[Thing]], rng: np.ran
             spans.append((question, first, at + length))
             at += length
         asked.append(spans)
-    return Dialogue(*map(torch.from_numpy, (tokens, targets, positions, block, weight)), asked)
+    return Dialogue(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions),
+        torch.from_numpy(block),
+        torch.from_numpy(weight),
+        asked,
+    )
 
 
 def hidden_states(model: DemoVLM, vocabulary: Vocabulary, features: Tensor, dialogue: Dialogue) -> Tensor:
@@ -74,7 +83,8 @@ def hidden_states(model: DemoVLM, vocabulary: Vocabulary, features: Tensor, dial
     lead = torch.tensor([BOS, *vocabulary.encode(BEFORE_IMAGE)])
     image = model.mm(features[:, 1:])
     rows = torch.cat([
-        model.lm.token_embd(lead).expand(batch, -1, -1).to(image.dtype), image, model.lm.token_embd(dialogue.tokens).to(image.dtype),
+        model.lm.token_embd(lead).expand(batch, -1, -1).to(image.dtype), image,
+        model.lm.token_embd(dialogue.tokens).to(image.dtype),
     ], 1)  # fmt: skip
     front = rows.shape[1] - TEXT
     positions = torch.cat([torch.arange(front).expand(batch, -1), dialogue.positions], 1)

@@ -1,7 +1,8 @@
 """The demo VLM in torch: CLIP-style tower, two-layer MLP projector, llama-architecture language model.
 
 Parameters carry the names they have in the GGUF files, so that writing those is a copy, but for the rows of ``attn_q``
-and ``attn_k``: the rotary embedding here turns the first half of a head against the second, llama.cpp's neighbouring pairs.
+and ``attn_k``: the rotary embedding here turns the first half of a head against the second, llama.cpp's neighbouring
+pairs.
 """
 
 from __future__ import annotations
@@ -109,8 +110,13 @@ class LanguageBlock(nn.Module):
         width = shape.width
         self.heads = shape.heads
         self.attn_norm, self.ffn_norm = nn.RMSNorm(width, shape.eps), nn.RMSNorm(width, shape.eps)
-        self.attn_q, self.attn_k, self.attn_v, self.attn_output = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.ffn_gate, self.ffn_up = nn.Linear(width, shape.hidden, bias=False), nn.Linear(width, shape.hidden, bias=False)
+        self.attn_q, self.attn_k, self.attn_v, self.attn_output = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        self.ffn_gate, self.ffn_up = (
+            nn.Linear(width, shape.hidden, bias=False),
+            nn.Linear(width, shape.hidden, bias=False),
+        )
         self.ffn_down = nn.Linear(shape.hidden, width, bias=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, front: int, mask: Tensor | None) -> Tensor:
@@ -167,6 +173,8 @@ class DemoVLM(nn.Module):
     def __init__(self, tower: TowerShape, language: LanguageShape) -> None:
         super().__init__()
         self.v = Tower(tower)
-        self.mm = nn.Sequential(nn.Linear(tower.width, language.width), nn.GELU(), nn.Linear(language.width, language.width))
+        self.mm = nn.Sequential(
+            nn.Linear(tower.width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+        )
         self.lm = LanguageModel(language)
         self.aid = DenseHeads(tower.width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,9 @@ from .model import GRID, PATCH
 from .scenes import SIDE, Scene, Thing, draw_scene
 
 TRAIN_SEED = 1
+PARTS, PART_SCENES = 8, 4000
+"""Size of the pool the bundled model was trained on."""
+
 COVER = 0.3
 """A patch belongs to the thing that covers this share of it."""
 
@@ -26,8 +30,14 @@ def patch_owner(scene: Scene) -> NDArray[np.int8]:
     return np.where(cover.max(0) >= COVER, best, -1).astype(np.int8)
 
 
-def draw_pool(folder: Path, part: int, scenes: int) -> None:
-    """Draw scenes ``part * scenes .. (part + 1) * scenes - 1`` into one part of the pool; a finished part is left alone."""
+def draw_pool(folder: Path, processes: int, parts: int = PARTS, scenes: int = PART_SCENES) -> None:
+    """Draw all parts of the pool that are not there yet."""
+    with multiprocessing.get_context("spawn").Pool(processes) as workers:
+        workers.starmap(draw_part, [(folder, part, scenes) for part in range(parts)], chunksize=1)
+
+
+def draw_part(folder: Path, part: int, scenes: int) -> None:
+    """Draw scenes ``part * scenes .. (part + 1) * scenes - 1`` into a part of the pool, unless it is finished."""
     done = folder / f"{part:03d}.json"
     if done.exists():
         return

@@ -1,8 +1,8 @@
 """Scenes whose contents are known: shapes and digit cards on textured backgrounds.
 
 A scene is drawn from a seed. One object lies in each of some cells of a 3 x 3 grid, anywhere inside its cell, so that
-places have names. Digits are scikit-learn's 8 x 8 handwriting, split by sample: no digit image of the test split is ever
-drawn in training.
+places have names. Digits are scikit-learn's 8 x 8 handwriting, split by sample: no digit image of the test split is
+ever drawn in training.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Thing:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """``image (192, 192, 3) uint8`` and what is on it, in reading order; ``owner (192, 192) int8``: thing index or -1."""
+    """``image (192, 192, 3) uint8`` and what is on it, in reading order.
+
+    ``owner (192, 192) int8``: the index of the thing a pixel shows, -1 for background.
+    """
 
     image: NDArray[np.uint8]
     things: tuple[Thing, ...]
@@ -155,7 +158,12 @@ def _stretch(grid: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _paint(
-    image: NDArray[np.float32], owner: NDArray[np.int8], number: int, thing: Thing, rng: np.random.Generator, split: Split
+    image: NDArray[np.float32],
+    owner: NDArray[np.int8],
+    number: int,
+    thing: Thing,
+    rng: np.random.Generator,
+    split: Split,
 ) -> Thing:
     """Draw one object in place, 3 x 3 samples a pixel; returns it with its digit."""
     half = thing.size / 2
@@ -168,19 +176,21 @@ def _paint(
     turn = 0.0 if thing.shape == "card" else rng.uniform(-0.22, 0.22)
     u = np.cos(turn) * xs[None, :] + np.sin(turn) * ys[:, None]
     v = -np.sin(turn) * xs[None, :] + np.cos(turn) * ys[:, None]
-    u, v = u.astype(np.float32), v.astype(np.float32)
+    u, v = np.asarray(u, np.float32), np.asarray(v, np.float32)
     cover = _average(_inside(thing.shape, u, v))[..., None]
     color = np.array(COLORS[thing.color], np.float32) + rng.normal(0, 9, 3).astype(np.float32)
     region = image[top:bottom, left:right]
+    paint: NDArray[np.float32]
     shade = 1 + rng.uniform(-0.12, 0.12) * np.linspace(-1, 1, bottom - top, dtype=np.float32)[:, None, None]
-    paint = np.broadcast_to(color * shade, region.shape) + 3 * rng.standard_normal((*region.shape[:2], 1), np.float32)
+    grain = rng.standard_normal((*region.shape[:2], 1), np.float32)
+    paint = np.broadcast_to(color * shade, region.shape) + 3 * grain
     digit = None
     if thing.shape == "card":
         digit = int(rng.integers(10))
         panel = _average((np.abs(u) < 0.78) & (np.abs(v) < 0.78))[..., None]
         ink = _handwriting(digit, split, u[1::3, 1::3], v[1::3, 1::3], rng)[..., None]
         paper = rng.uniform(222, 240) * (1 - ink) + rng.uniform(10, 50) * ink
-        paint = paint * (1 - panel) + paper * panel
+        paint = np.asarray(paint * (1 - panel) + paper * panel, np.float32)
     image[top:bottom, left:right] = region * (1 - cover) + paint * cover
     owner[top:bottom, left:right][cover[..., 0] > 0.5] = number
     return Thing(thing.shape, thing.color, thing.x, thing.y, thing.size, thing.cell, digit)
@@ -214,7 +224,7 @@ def _inside(shape: str, u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArr
         tip, notch = np.array([outer, 0.0]), inner * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
         edge = notch - tip
         x, y = radius * np.cos(wedge) - tip[0], radius * np.sin(wedge) - tip[1]
-        return edge[0] * y - edge[1] * x > 0
+        return np.asarray(edge[0] * y - edge[1] * x > 0)
     raise ValueError(f"no such shape: {shape}")
 
 
@@ -225,9 +235,9 @@ def _handwriting(
     images, _, _ = _digits()
     glyph = np.pad(images[rng.choice(_digit_samples(split)[digit])], 1)
     turn, scale = rng.uniform(-0.15, 0.15), rng.uniform(0.58, 0.74)
-    u, v = u - rng.uniform(-0.06, 0.06), v - rng.uniform(-0.06, 0.06)
-    x = (np.cos(turn) * u + np.sin(turn) * v) / scale * 4 + 4.5
-    y = (-np.sin(turn) * u + np.cos(turn) * v) / scale * 4 + 4.5
+    right, down = u - rng.uniform(-0.06, 0.06), v - rng.uniform(-0.06, 0.06)
+    x = (np.cos(turn) * right + np.sin(turn) * down) / scale * 4 + 4.5
+    y = (-np.sin(turn) * right + np.cos(turn) * down) / scale * 4 + 4.5
     x, y = np.clip(x, 0, 8.999), np.clip(y, 0, 8.999)
     column, row = x.astype(int), y.astype(int)
     a, b = x - column, y - row

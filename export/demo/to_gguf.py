@@ -2,8 +2,8 @@
 
     python -m edge_tokcomp.export.demo.to_gguf FOLDER OUT
 
-``demo-lm.gguf``: architecture llama, Q8_0, SentencePiece vocabulary, chat template. ``demo-mmproj.gguf``: projector type
-mlp, F16, in LLaVA-1.5's layout (the blocks in the file are those that run; the last one's output is the feature).
+``demo-lm.gguf``: architecture llama, Q8_0, SentencePiece vocabulary, chat template. ``demo-mmproj.gguf``: projector
+type mlp, F16, in LLaVA-1.5's layout (the blocks in the file are those that run; the last one's output is the feature).
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def main() -> None:
     model = DemoVLM(TowerShape(), LanguageShape())
     model.load_state_dict(torch.load(options.folder / "checkpoint.pt", weights_only=True)["model"])
     options.out.mkdir(parents=True, exist_ok=True)
-    write_language_model(options.out / "demo-lm.gguf", model, Vocabulary(options.folder / "vocabulary.model"), Quant.Q8_0)
+    write_language_model(
+        options.out / "demo-lm.gguf", model, Vocabulary(options.folder / "vocabulary.model"), Quant.Q8_0
+    )
     write_mmproj(options.out / "demo-mmproj.gguf", model, TowerShape())
 
 

@@ -2,8 +2,8 @@
 
     python -m edge_tokcomp.export.demo.train FOLDER
 
-``windows``: the tower alone, per-patch targets, on 12 x 12-patch windows. ``scenes``: the same on whole scenes, with CLS
-told to name what is there. ``language``: projector and language model, on questions and captions over all 576 image
+``windows``: the tower alone, per-patch targets, on 12 x 12-patch windows. ``scenes``: the same on whole scenes, with
+CLS told to name what is there. ``language``: projector and language model, on questions and captions over all 576 image
 tokens. ``joint``: the same with the tower, its per-patch targets kept on. Nothing is ever pruned in training.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import dialogue as talk
 from .dense import dense_loss, dense_targets, pixels_of, windows
 from .model import DemoVLM, LanguageShape, TowerShape
-from .pool import Pool, patch_owner
+from .pool import Pool, draw_pool
 from .scenes import draw_scene
 from .vocabulary import Vocabulary, train_vocabulary
 
@@ -81,8 +81,10 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             hidden = parameter.ndim == 2 and (".blk." in name or name.startswith("mm."))
             groups.setdefault(("muon" if hidden else "adam", name.startswith("v.")), []).append(parameter)
+
         def group(kind: str) -> list[dict[str, object]]:
             return [{"params": groups[kind, tower], "tower": tower} for tower in (True, False)]
+
         return [
             torch.optim.Muon(group("muon"), weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(group("adam"), weight_decay=0.0, betas=(0.9, 0.98)),
@@ -157,7 +159,7 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, scenes: int = 192, batch: int = 24) -> dict[str, float]:
-        """Exact-match scores on scenes and digits never trained on (teacher-forced, so an upper estimate for captions)."""
+        """Exact-match scores on scenes and digits never trained on; teacher-forced, so high for captions."""
         marks: dict[str, list[bool]] = {}
         for start in range(0, scenes, batch):
             drawn = [draw_scene((CHECK_SEED, start + index), "test") for index in range(batch)]
@@ -199,6 +201,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "vocabulary.model").exists():
         train_vocabulary(options.folder / "vocabulary.model")
+    draw_pool(options.folder / "pool", options.threads)
     Trainer(options.folder, compiled=options.compile).run()
 
 

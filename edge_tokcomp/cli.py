@@ -1,0 +1,134 @@
+"""The ``edge-tokcomp`` command: arguments in, exit codes out.
+
+Heavy modules are imported by the verbs that need them: ``--help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import TokcompError, UsageError
+
+OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 all well, 1 some pictures failed, 2 usage, 130 interrupted."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help(sys.stderr)
+        return USAGE
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    options.command_line = ["edge-tokcomp", *(sys.argv[1:] if arguments is None else arguments)]
+    from . import commands
+
+    try:
+        return int(getattr(commands, options.run)(options))
+    except UsageError as fault:
+        return _say(fault, USAGE)
+    except TokcompError as fault:
+        return _say(fault, USAGE if options.run == "caption" else SOME_FAILED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing is left to tell anybody
+        return SOME_FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _say(fault: TokcompError, code: int) -> int:
+    print(f"edge-tokcomp: {fault}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="edge-tokcomp",
+        description="Vision-language models on small machines, with a fraction of their image tokens.",
+    )
+    parser.add_argument("--version", action="version", version=f"edge-tokcomp {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    caption = _verb(verbs, "caption", "caption pictures, folders of them, or a list")
+    caption.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, glob, or - for a list on stdin")
+    _model_options(caption)
+    caption.add_argument("--prompt", help="what is asked of each picture; {stem} and {parent} stand for its names")
+    caption.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest caption (default 256)")
+    caption.add_argument("--out", metavar="FILE", help="FILE.jsonl, FILE.csv, or - for JSON lines on stdout; "
+                         "without it, names and captions go to stdout")  # fmt: skip
+    caption.add_argument("--sidecar", metavar="EXT", help="also write each caption beside its picture, as .txt say")
+    caption.add_argument("--recursive", action="store_true", help="go into sub-folders")
+    caption.add_argument("--overwrite", action="store_true", help="begin anew instead of skipping what is done")
+    caption.add_argument("--dry-run", action="store_true", help="say what would be done, and with what")
+
+    ask = _verb(verbs, "ask", "ask about one picture")
+    ask.add_argument("image", metavar="IMAGE")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    _model_options(ask)
+
+    inspect = _verb(verbs, "inspect", "draw the kept tokens over a picture")
+    inspect.add_argument("image", metavar="IMAGE")
+    inspect.add_argument("--out", metavar="FILE.png", required=True)
+    _model_options(inspect)
+
+    evaluate = _verb(verbs, "eval", "score a method on the demo tasks")
+    evaluate.add_argument("--scenes", type=int, default=200, metavar="N", help="fresh test scenes (default 200)")
+    evaluate.add_argument(
+        "--wrong-image", action="store_true", help="show the model another scene than it is asked about"
+    )
+    evaluate.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _model_options(evaluate)
+
+    methods = _verb(verbs, "methods", "list the compression methods and their options")
+    methods.add_argument("--json", action="store_true", help="as JSON")
+
+    compress = _verb(verbs, "compress", "run a method on arrays of your own")
+    compress.add_argument("features", metavar="FEATURES.npz", help="features (N,D); optionally embeddings (N,d), "
+                          "cls_attention (heads,N), keys (N,Dk), grid (2,)")  # fmt: skip
+    compress.add_argument("--method", required=True)
+    compress.add_argument("--keep", required=True, metavar="K")
+    compress.add_argument("--seed", type=int, default=0)
+    compress.add_argument("--out", required=True, metavar="PLAN.npz")
+
+    export = _verb(verbs, "export", "build the ONNX tower of an mmproj GGUF")
+    export.add_argument("mmproj", metavar="MMPROJ.gguf")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    return parser
+
+
+def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    parser.set_defaults(run=name)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--lm", metavar="LM.gguf", help="language model; the bundled demo model without it")
+    group.add_argument("--mmproj", metavar="MMPROJ.gguf", help="vision tower and projector")
+    group.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the tower (default fp32)")
+    group.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where the tower runs")
+    group.add_argument(
+        "--gpu-layers", type=int, default=0, metavar="N", help="language model layers on the GPU, -1 all"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="one budget for everything (default: all cores)")
+    group.add_argument("--ctx", type=int, metavar="N", help="rows of context (default: the model's, up to 4096)")
+    group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 100 000 000)")
+    compression = parser.add_argument_group("compression")
+    compression.add_argument("--keep", metavar="K", help="image tokens kept: 64, 0.25 or 25%% (default: all)")
+    compression.add_argument("--method", metavar="M", help="how they are chosen (default prunesid), see `methods`")
+    compression.add_argument("--seed", type=int, default=0, metavar="S")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What people see of a batch run: a progress bar on a terminal, quiet lines otherwise. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from .budget import describe
+from .records import Record
+
+QUIET_SECONDS = 10.0
+
+
+class Console:
+    """Progress of ``total`` pictures; also the sink of plain text lines on stdout, which must not break the bar."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.total, self.made, self.seen = total, 0, 0
+        self.started = self.last = time.monotonic()
+        self.tokens = (0, 0)
+        self.bar = None
+        if self.stream.isatty():
+            self.bar = tqdm(total=total, unit="image", file=self.stream, smoothing=0.1, dynamic_ncols=True)
+
+    def done(self, record: Record, skipped: bool) -> None:
+        """One more picture; failures and a change of the token count are told at once."""
+        self.seen += 1
+        if record.status == "error":
+            self.say(f"{record.id}: {record.error}")
+        elif not skipped:
+            self.made += 1
+            if (record.tokens_before, record.tokens_after) != self.tokens and record.timings_ms:
+                self.tokens = record.tokens_before, record.tokens_after
+                self.say(f"image tokens {describe(*self.tokens)}, method {record.method}")
+        if self.bar is not None:
+            if skipped:  # skipped pictures would make the rate, and so the time left, a fiction
+                self.bar.total -= 1
+                self.bar.refresh()
+            else:
+                self.bar.update()
+        elif time.monotonic() - self.last > QUIET_SECONDS:
+            self.last = time.monotonic()
+            self.say(self._line())
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """No more pictures."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _line(self) -> str:
+        rate = max(self.made, 1) / (self.last - self.started)
+        left = int((self.total - self.seen) / rate)
+        clock = (
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
+        )
+        return f"{self.seen}/{self.total} images, {rate:.2f} images/s, {clock} left"
+
+
+class TextLines:
+    """The sink used when no file is named: ``id``, a tab, the caption, on stdout."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def write(self, record: Record) -> None:
+        """Print a caption; errors are the console's to tell."""
+        if record.status != "ok":
+            return
+        line = f"{record.id}\t{' '.join(record.caption.split())}"
+        if self.console.bar is not None and sys.stdout.isatty():
+            self.console.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        """Nothing to close."""

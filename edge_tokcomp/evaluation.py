@@ -1,0 +1,149 @@
+"""Accuracy on the demo tasks: the same fresh scenes and questions for every method and budget, compared in pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__
+from .errors import TokcompError
+from .methods import Method, get_method
+from .vlm import VLM
+
+EVAL_SEED = 9000
+"""First word of every test scene's seed; training and tuning draw from others."""
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of running the model that is scored."""
+
+    method: Method
+    keep: int | float
+
+    @property
+    def name(self) -> str:
+        return str(self.method) if not self.method.compresses else f"{self.method} {self.keep}"
+
+
+Scores = dict[str, NDArray[np.float64]]
+"""Task to ``(scenes,)``: the score on each scene, NaN where the task was not asked."""
+
+
+def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False) -> dict[str, Any]:
+    """Score the model's method and budget, and ``none`` beside it, on ``scenes`` fresh test scenes.
+
+    ``wrong_image`` encodes another scene than the questions are about: what is left is what the text alone gives.
+    Returns ``method, keep, scenes, seed, tokens, seconds`` and ``tasks: {name: {score, low, high, n}}``, the bounds a
+    95 % bootstrap interval; for a compressing method also ``none`` and ``difference`` with its paired interval.
+    """
+    started = time.perf_counter()
+    arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep)] if vlm.method.compresses else [])
+    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image)
+    plain, mine = scores[0], scores[-1]
+    tasks: dict[str, dict[str, float]] = {}
+    for task in mine:
+        tasks[task] = summarise(mine[task])
+        if len(arms) > 1:
+            tasks[task] |= paired(mine[task], plain[task])
+    return {
+        "method": str(vlm.method), "keep": vlm.keep, "scenes": scenes, "seed": seed, "wrong_image": wrong_image,
+        "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.precision, "version": __version__,
+        "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
+    }  # fmt: skip
+
+
+def score_arms(
+    vlm: VLM, arms: Sequence[Arm], *, scenes: int, seed: int, wrong_image: bool = False,
+    told: Callable[[int], None] | None = None,
+) -> tuple[list[Scores], list[float]]:  # fmt: skip
+    """Score every arm on the same scenes, each encoded once; also the mean number of image tokens of each arm."""
+    try:
+        from .export.demo.questions import TASKS, ask_all, object_f1
+        from .export.demo.scenes import draw_scene
+
+        draw_scene((EVAL_SEED, seed, 0), "test")
+    except ImportError as fault:
+        raise TokcompError(f"scoring needs scikit-learn ({fault}); pip install 'edge-tokcomp[eval]'") from fault
+    sums = [{task: np.zeros((scenes, 2)) for task in TASKS} for _ in arms]
+    tokens = np.zeros(len(arms))
+    for index in range(scenes):
+        scene = draw_scene((EVAL_SEED, seed, index), "test")
+        shown = draw_scene((EVAL_SEED, seed, index + scenes), "test") if wrong_image else scene
+        questions = ask_all(scene, np.random.default_rng((EVAL_SEED, seed, index)), vary=False)
+        encoded = vlm.encode(shown.image)
+        for number, arm in enumerate(arms):
+            compressed = vlm.compress(encoded, arm.method, arm.keep)
+            tokens[number] += len(compressed.plan)
+            for question in questions:
+                if question.task not in TASKS:
+                    continue
+                text = vlm.answer(compressed, question.text, max_tokens=160).text
+                right = object_f1(text, scene) if question.task == "caption" else float(_same(text, question.answer))
+                sums[number][question.task][index] += (right, 1)
+        if told:
+            told(index + 1)
+    with np.errstate(invalid="ignore"):
+        return [{task: s[:, 0] / s[:, 1] for task, s in arm.items()} for arm in sums], (tokens / scenes).tolist()
+
+
+def summarise(scores: NDArray[np.float64]) -> dict[str, float]:
+    """Mean over the scenes asked, its 95 % bootstrap interval, and how many there were."""
+    asked = scores[~np.isnan(scores)]
+    if not len(asked):
+        return {"score": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
+    low, high = np.percentile(_resample(asked), [2.5, 97.5])
+    return {
+        "score": round(float(asked.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "n": len(asked),
+    }
+
+
+def paired(scores: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str, float]:
+    """The uncompressed score, and the mean difference to it scene by scene with its 95 % interval."""
+    both = ~np.isnan(scores) & ~np.isnan(plain)
+    if not both.any():
+        return {}
+    gap = scores[both] - plain[both]
+    low, high = np.percentile(_resample(gap), [2.5, 97.5])
+    return {
+        "none": round(float(plain[both].mean()), 4), "difference": round(float(gap.mean()), 4),
+        "difference_low": round(float(low), 4), "difference_high": round(float(high), 4),
+    }  # fmt: skip
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a table for people."""
+    lines = [
+        f"{result['method']}, {result['tokens']:.0f} image tokens, {result['scenes']} scenes, {result['seconds']:.0f} s"
+        + (", shown the wrong image" if result["wrong_image"] else "")
+    ]
+    for task, row in result["tasks"].items():
+        line = (
+            f"{task:10} {100 * row['score']:6.1f} %  [{100 * row['low']:5.1f}, {100 * row['high']:5.1f}]  n={row['n']}"
+        )
+        if "difference" in row:
+            line += (
+                f"  against none {100 * row['difference']:+5.1f} "
+                f"[{100 * row['difference_low']:+5.1f}, {100 * row['difference_high']:+5.1f}]"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _resample(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    rng = np.random.default_rng(0)
+    return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)])
+
+
+def _same(text: str, answer: str) -> bool:
+    return text.strip().rstrip(".").lower() == answer.lower()

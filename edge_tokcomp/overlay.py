@@ -1,0 +1,60 @@
+"""A picture of a plan: kept patches as they are, dropped ones dimmed, the counts below."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from .families.base import Pixels, TowerSpec
+from .tokens import Layout, Plan, Role
+
+SIDE = 672
+"""Least pixels along a crop's edge, so that single patches can be told apart."""
+
+_DIM, _EDGE, _STRIP = 0.22, (255, 196, 0), 34
+
+
+def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, label: str) -> Image.Image:
+    """What the tower saw of each crop, side by side, with ``plan`` laid over it and ``label`` in a strip below."""
+    crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]
+    width = sum(crop.width for crop in crops) + 8 * (len(crops) - 1)
+    canvas = Image.new("RGB", (width, max(crop.height for crop in crops) + _STRIP), (24, 24, 24))
+    left = 0
+    for crop in crops:
+        canvas.paste(crop, (left, 0))
+        left += crop.width + 8
+    font = ImageFont.load_default(size=18)
+    label = label.replace("→", "to")  # Pillow's built-in font has no arrow
+    ImageDraw.Draw(canvas).text((10, canvas.height - _STRIP // 2), label, (240, 240, 240), font, anchor="lm")
+    return canvas
+
+
+def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
+    values = pixels.crops[number].transpose(1, 2, 0) * np.array(spec.image_std, np.float32) + np.array(
+        spec.image_mean, np.float32
+    )
+    seen = Image.fromarray((np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8))
+    rows, columns = pixels.grids[number]
+    patch = -(-SIDE // max(rows, columns))
+    big = np.asarray(seen.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC), np.float32)
+    shares = np.kron(_shares(layout, plan, number, rows * columns).reshape(rows, columns), np.ones((patch, patch)))
+    grey = big.mean(axis=2, keepdims=True) * 0.5
+    light = np.maximum(shares, _DIM)[..., None].astype(np.float32)
+    shown = Image.fromarray((big * light + grey * (1 - light) * 0.4).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(shown)
+    kept = layout.cell[plan.keep[(layout.crop[plan.keep] == number) & (layout.role[plan.keep] == Role.PATCH)]]
+    for cell in kept:
+        top, left = int(cell) // columns * patch, int(cell) % columns * patch
+        pen.rectangle((left, top, left + patch - 1, top + patch - 1), outline=_EDGE)
+    return shown
+
+
+def _shares(layout: Layout, plan: Plan, number: int, cells: int) -> NDArray[np.float64]:
+    """Brightness of each cell: 1 kept, 0.6 merged into another, 0 dropped."""
+    shares = np.zeros(cells)
+    mine = np.flatnonzero((layout.crop == number) & (layout.role == Role.PATCH))
+    if plan.assign is not None:
+        shares[layout.cell[mine[plan.assign[mine] >= 0]]] = 0.6
+    shares[layout.cell[np.intersect1d(plan.keep, mine)]] = 1.0
+    return shares
