@@ -161,6 +161,9 @@ def test_torch_tensors_inside_an_autograd_graph_are_taken_as_values():
     tracked = moved(tokens, lambda array: torch.from_numpy(array).requires_grad_())
     for name in COMPRESSING:
         assert same_plan(get_method(name).compress(tokens, 7), get_method(name).compress(tracked, 7))
+    seen = []
+    answering(lambda rows, k: seen.append(rows) or Picks(np.arange(k))).compress(tracked, 7)
+    assert not seen[0].features.requires_grad
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -361,6 +364,15 @@ def test_merges_land_on_global_rows_beside_separators_and_dropped_ones():
     assert plan.keep.tolist() == [0, 2, 4, 6]
     assert plan.assign.tolist() == [0, 1, 1, -1, 2, 3, 3, 3]
     assert plan.weight.tolist() == [1, 0.5, 0.5, 0, 1, 0.25, 0.5, 0.25]
+
+
+def test_a_kept_cls_row_passes_through_a_merging_plan_unchanged():
+    layout = Layout.of_grids((1, 3), cls_rows=True)
+    merges = Merges(np.array([1]), np.zeros(3, int), np.full(3, 1 / 3, np.float32))
+    plan = answering(lambda rows, k: merges, keep_cls=True).compress(image(layout), 2)
+    assert plan.keep.tolist() == plan.rank.tolist() == [0, 2]
+    assert plan.assign.tolist() == [0, 1, 1, 1]
+    assert plan.weight[0] == 1
 
 
 @pytest.mark.parametrize(

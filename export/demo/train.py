@@ -48,8 +48,8 @@ class Stage:
 STAGES = (
     Stage("windows", 800, 96, 3e-3, 1.0),
     Stage("scenes", 600, 32, 2e-3, 1.0),
-    Stage("language", 2200, 24, 2e-3, 0.0),
-    Stage("joint", 1200, 24, 8e-4, 0.3),
+    Stage("language", 1300, 24, 2e-3, 0.0),
+    Stage("joint", 1000, 24, 1e-3, 0.6),
 )
 
 

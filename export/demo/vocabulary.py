@@ -34,14 +34,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_vocabulary(path: Path) -> None:
-    """Write a SentencePiece model of ``SIZE`` pieces to ``path``."""
+def train_vocabulary(path: Path, scenes: int = 3000) -> None:
+    """Write a SentencePiece model of ``SIZE`` pieces, trained on questions about ``scenes`` scenes, to ``path``."""
     import sentencepiece
     from sklearn import datasets
 
     rng = np.random.default_rng(7)
     lines = []
-    for seed in range(3000):
+    for seed in range(scenes):
         for question in ask_all(draw_scene((7, seed)), rng):
             lines.append(BEFORE_IMAGE)
             lines.append(AFTER_IMAGE.format(question=question.text).strip() + f" {question.answer}")
