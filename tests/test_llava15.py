@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from tiny_mmproj import MEAN, STD, write_mmproj
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -15,6 +14,7 @@ from edge_tokcomp.families import family_for, family_named, llava15
 from edge_tokcomp.families.base import TowerSpec
 from edge_tokcomp.families.llava15 import Llava15
 from edge_tokcomp.tokens import Role
+from tiny_mmproj import MEAN, STD, write_mmproj
 
 SPEC = TowerSpec(
     family="llava15", image_size=336, patch_size=14, width=1024, heads=16, ffn_width=4096, blocks=23,

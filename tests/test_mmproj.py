@@ -8,11 +8,11 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from tiny_mmproj import write_mmproj
 
 from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.export.mmproj import Mmproj, projector_shapes, tower_shapes
 from edge_tokcomp.families import family_for
+from tiny_mmproj import write_mmproj
 
 
 def opened(path):

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tiny_mmproj import write_mmproj
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.export import tower_files
@@ -22,6 +21,7 @@ from edge_tokcomp.export.tower_files import cache_directory, cached_tower, expor
 from edge_tokcomp.export.vit import write_projector, write_tower
 from edge_tokcomp.families.base import TowerSpec
 from edge_tokcomp.tower import Tower
+from tiny_mmproj import write_mmproj
 
 
 def pictures(count, size, seed=1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,16 @@ def _render(model: LanguageModel, content: Any) -> tuple[str, str]:
     """The template's text and ``""``, or ``""`` and why it failed."""
     messages: Any = [{"role": "user", "content": content}]
     try:
-        formatter = Jinja2ChatFormatter(
-            template=model.chat_template or "", eos_token=model.eos_text, bos_token=model.bos_text
-        )
-        return formatter(messages=messages).prompt, ""
+        return _formatter(model.chat_template or "", model.eos_text, model.bos_text)(messages=messages).prompt, ""
     # Templates are programs from outside: a wrong form of content shows as any of these.
     except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as fault:
         return "", " ".join(f"{type(fault).__name__} {fault}".split())
+
+
+@lru_cache(maxsize=4)
+def _formatter(template: str, eos: str, bos: str) -> Jinja2ChatFormatter:
+    """Compiled once a model: compiling takes longer than a small model's prefill."""
+    return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
 
 
 def _fault(text: str, question: str, n_images: int, marker: str) -> str:

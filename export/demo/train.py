@@ -48,8 +48,8 @@ class Stage:
 STAGES = (
     Stage("windows", 800, 96, 3e-3, 1.0),
     Stage("scenes", 600, 32, 2e-3, 1.0),
-    Stage("language", 1300, 24, 2e-3, 0.0),
-    Stage("joint", 1000, 24, 1e-3, 0.6),
+    Stage("language", 700, 24, 2e-3, 0.0),
+    Stage("joint", 1300, 24, 1.5e-3, 0.5),
 )
 
 
