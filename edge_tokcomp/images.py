@@ -3,9 +3,10 @@
 * EXIF orientation is applied; for HEIC the container's own rotation is (by pillow-heif), never both.
 * CMYK goes through its embedded profile to sRGB, or Pillow's plain conversion without one. RGB profiles are left alone,
   as the models' own training did.
-* 16-bit grey is scaled to 8 bits, not clipped; floating-point grey must lie within 0..1. Palettes become RGB.
+* 16-bit grey is scaled to 8 bits, not clipped; floating-point grey must lie within 0..1. Of 16-bit colour Pillow reads
+  the upper byte. Palettes become RGB.
 * Transparency is laid over white. Animated and multi-picture files give their first picture, and a note.
-* Truncated and damaged files are errors, never half a picture.
+* Truncated and damaged files are errors, never half a picture. (What follows the first picture is not looked at.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +30,19 @@ if TYPE_CHECKING:
     from PIL import Image as PilImage
 
 MAX_PIXELS = 100_000_000
-"""Default limit on width x height: 300 MB once decoded."""
+"""Default limit on width x height: 400 MB once decoded."""
 
 MAX_FILE_BYTES = 1 << 30
 
-_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+FORMATS = (
+    "JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "ICO", "PPM", "QOI", "TGA",
+)  # fmt: skip
+"""What is read. Pillow knows more, among them formats for which it starts other programs."""
+
+_ORIENTATION = 0x0112
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"))
+_AVIF_BRANDS = frozenset((b"avif", b"avis"))
+_PILLOW = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,70 +65,124 @@ class Image:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a picture file; raises ``ImageError`` if it is no regular file, empty, huge or unreadable."""
     try:
-        if not Path(path).is_file():
-            raise ImageError("no such file" if not Path(path).exists() else "not a regular file")
-        size = os.stat(path).st_size
-        if size == 0:
-            raise ImageError("the file is empty (0 bytes)")
-        if size > MAX_FILE_BYTES:
-            raise ImageError(f"the file has {size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
-        return Path(path).read_bytes()
+        if not Path(path).exists():
+            raise ImageError("a link to a file that is not there" if os.path.islink(path) else "no such file")
+        if not Path(path).is_file():  # Opening a pipe would wait for its writer.
+            raise ImageError("not a regular file")
+        with Path(path).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(f"the file has {size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
+            data = stream.read(MAX_FILE_BYTES)
     except OSError as fault:
         raise ImageError(f"cannot be read ({fault.strerror or fault})") from fault
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    return data
 
 
 def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """Read and decode a picture by the rules above; raises ``ImageError`` with the reason in one line."""
-    data = source if isinstance(source, bytes) else read_bytes(source)
-    if not data:
-        raise ImageError("the file is empty (0 bytes)")
+    """Read and decode a picture by the rules above; raises ``ImageError`` with file and reason in one line."""
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("the picture is empty (0 bytes)")
+        with _decoding(max_pixels):
+            rgb, notes = _first_picture(_identify(source), max_pixels)
+        return Image(rgb, hashlib.sha256(source).hexdigest(), tuple(notes))
     try:
-        rgb, notes = _decode(data, max_pixels)
-    except ImageError:
-        raise
-    except Exception as fault:
-        raise ImageError(f"damaged or truncated ({type(fault).__name__}: {_one_line(fault)})") from fault
-    return Image(rgb, hashlib.sha256(data).hexdigest(), tuple(notes))
+        return open_image(read_bytes(source), max_pixels=max_pixels)
+    except ImageError as fault:
+        raise ImageError(f"{os.fspath(source)}: {fault}") from fault
 
 
-def wrap_image(picture: PilImage.Image) -> Image:
-    """A picture already in memory, by the same rules; its ``sha256`` is that of its pixels."""
-    rgb, notes = _to_rgb(picture)
+def wrap_image(picture: PilImage.Image, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """A Pillow picture by the same rules; its ``sha256`` is that of its pixels.
+
+    Orientation and limit apply to what ``PIL.Image.open`` returned; a picture made from that is upright already.
+    Raises ``ImageError``.
+    """
+    from PIL import ImageFile
+
+    with _decoding(max_pixels):
+        from_file = isinstance(picture, ImageFile.ImageFile)
+        rgb, notes = _first_picture(picture, max_pixels) if from_file else _to_rgb(picture)
     return Image(rgb, hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest(), tuple(notes))
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[PilImage.Image, list[str]]:
+@contextmanager
+def _decoding(max_pixels: int) -> Iterator[None]:
+    """Pillow under our rules, and whatever its readers raise on hostile files as ``ImageError``.
+
+    Its pixel limit, its tolerance and its warnings are settings of the process: set here, one thread at a time, and
+    put back.
+    """
     from PIL import Image as Pil
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import ImageFile
+
+    with _PILLOW, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Pil.DecompressionBombWarning)
+        before = Pil.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Pil.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+        try:
+            yield
+        except ImageError:
+            raise
+        except (Pil.DecompressionBombError, Pil.DecompressionBombWarning) as fault:
+            raise ImageError(f"more than the limit of {max_pixels:,} pixels ({_one_line(fault)})") from fault
+        except MemoryError as fault:
+            raise ImageError("not enough memory to decode it") from fault
+        except Exception as fault:
+            raise ImageError(f"damaged or truncated ({type(fault).__name__}: {_one_line(fault)})") from fault
+        finally:
+            Pil.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _identify(data: bytes) -> PilImage.Image:
+    """Read the header of a picture file; the pixels are not decoded yet."""
+    from PIL import Image as Pil
+    from PIL import UnidentifiedImageError
 
     _enable_heif(data)
+    Pil.init()
     try:
-        with warnings.catch_warnings():
-            # Our own limit stands below; Pillow's warning would only repeat it.
-            warnings.simplefilter("ignore", Pil.DecompressionBombWarning)
-            picture = Pil.open(io.BytesIO(data))
+        return Pil.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Pil.OPEN])
     except UnidentifiedImageError:
         raise ImageError(f"not a picture that can be read ({_looks_like(data)})") from None
-    except Pil.DecompressionBombError as fault:
+
+
+def _first_picture(picture: PilImage.Image, max_pixels: int) -> tuple[PilImage.Image, list[str]]:
+    """The first picture of a file, decoded, upright and RGB, with notes on what was not plain."""
+    width, height = picture.size
+    if width * height > max_pixels:
         raise ImageError(
-            f"more pixels than the limit of {max_pixels:,} ({_one_line(fault)}); see --max-pixels"
-        ) from None
-    with picture:
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise ImageError(
-                f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-                "see --max-pixels"
-            )
-        if min(width, height) < 1:
-            raise ImageError(f"{width} x {height} has no pixels")
-        frames = getattr(picture, "n_frames", 1)
-        picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        rgb, notes = _to_rgb(upright)
-    if frames > 1:
-        notes.insert(0, f"first of {frames} frames")
-    return rgb, notes
+            f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
+            "make it smaller or raise max_pixels (--max-pixels)"
+        )
+    if min(width, height) < 1:
+        raise ImageError(f"{width} x {height} has no pixels")
+    # Counting the frames would read a file of any length to its end.
+    notes = ["the first of several pictures in the file"] if getattr(picture, "is_animated", False) else []
+    picture.load()
+    upright, turned = _upright(picture)
+    rgb, converted = _to_rgb(upright)
+    return rgb, notes + turned + converted
+
+
+def _upright(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception as fault:  # noqa: BLE001  Readers of metadata raise anything; the pixels are whole.
+        return picture, [f"EXIF cannot be read, orientation not applied ({_one_line(fault)})"]
+    if not isinstance(orientation, int) or orientation not in turns:
+        return picture, []
+    return picture.transpose(turns[orientation]), [f"EXIF orientation {orientation} applied"]
 
 
 def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
@@ -124,53 +190,60 @@ def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
     from PIL import Image as Pil
 
     mode = picture.mode
-    if mode == "RGB":
-        return picture.copy() if picture.readonly else picture, []
     if mode == "CMYK":
         return _from_cmyk(picture)
-    if mode.startswith("I;16") or mode == "I":
-        low, high = _range(picture)
-        if low < 0 or high > 65535:
-            raise ImageError(f"grey values {low:g}..{high:g} do not fit 16 bits")
-        return picture.convert("I").point(lambda value: value / 257).convert("L").convert("RGB"), [
-            "16-bit grey scaled to 8"
-        ]
-    if mode == "F":
-        low, high = _range(picture)
-        if not (low >= 0 and high <= 1):
-            raise ImageError(f"floating-point grey values {low:g}..{high:g} are not within 0..1")
-        return picture.point(lambda value: value * 255).convert("L").convert("RGB"), ["float grey scaled to 8 bits"]
-    if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        return _from_grey(picture)
+    if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "RGBa"):
         rgba = picture.convert("RGBA")
         white = Pil.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Pil.alpha_composite(white, rgba).convert("RGB"), ["transparency over white"]
-    return picture.convert("RGB"), []
+    return (picture if mode == "RGB" else picture.convert("RGB")), []
 
 
-def _range(picture: PilImage.Image) -> tuple[float, float]:
-    """Least and greatest value of a picture of one band."""
+def _from_grey(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
+    """16-bit or floating-point grey, rounded to 8 bits."""
+    from PIL import Image as Pil
+
     values = np.asarray(picture)
-    return float(values.min()), float(values.max())
+    low, high = float(values.min()), float(values.max())
+    if picture.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ImageError(f"floating-point grey values {low:g}..{high:g} are not within 0..1")
+        grey, note = (values * np.float32(255) + np.float32(0.5)).astype(np.uint8), "float grey scaled to 8 bits"
+    else:
+        if low < 0 or high > 65535:
+            raise ImageError(f"grey values {low:g}..{high:g} do not fit 16 bits")
+        table = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+        grey, note = table[values], "16-bit grey scaled to 8"
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+        note += ", transparency over white"
+    return Pil.fromarray(grey).convert("RGB"), [note]
 
 
 def _from_cmyk(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture.convert("RGB"), ["CMYK without a profile"]
     from PIL import ImageCms
 
-    profile = picture.info.get("icc_profile")
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            rgb = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError) as fault:
-            return picture.convert("RGB"), [f"CMYK without its profile, which is damaged ({_one_line(fault)})"]
-        if rgb is not None:
-            return rgb, ["CMYK through its profile"]
-    return picture.convert("RGB"), ["CMYK without a profile"]
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        rgb = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImportError, ImageCms.PyCMSError, OSError, ValueError) as fault:
+        return picture.convert("RGB"), [f"CMYK without its profile, which cannot be used ({_one_line(fault)})"]
+    return (rgb or picture.convert("RGB")), ["CMYK through its profile"]
 
 
 def _enable_heif(data: bytes) -> None:
     """Register the HEIC reader when the file is one; it is an extra."""
-    if data[4:8] != b"ftyp" or data[8:12] not in _HEIF_BRANDS:
+    if data[4:8] != b"ftyp":
+        return
+    length = min(int.from_bytes(data[:4], "big"), 256)
+    brands = {data[8:12], *(data[at : at + 4] for at in range(16, length, 4))}
+    if brands & _AVIF_BRANDS or not brands & _HEIF_BRANDS:
         return
     try:
         import pillow_heif
@@ -180,13 +253,10 @@ def _enable_heif(data: bytes) -> None:
 
 
 def _looks_like(data: bytes) -> str:
-    try:
-        text = data[:512].decode("utf-8")
-    except UnicodeDecodeError:
-        return f"it starts with {data[:8].hex(' ')}"
-    return (
-        "it is text" if text.isprintable() or any(c in text for c in "\n\t") else f"it starts with {data[:8].hex(' ')}"
-    )
+    text = data[:512].decode("utf-8", "ignore")
+    if len(text.encode()) >= len(data[:512]) - 3 and all(c.isprintable() or c.isspace() for c in text):
+        return "it is text"
+    return f"it starts with {data[:8].hex(' ')}"
 
 
 def _one_line(fault: BaseException) -> str:

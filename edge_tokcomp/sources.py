@@ -5,10 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from .errors import UsageError
 
@@ -20,34 +20,30 @@ EXTENSIONS = frozenset(
     )
 )  # fmt: skip
 
-_SIGNATURES = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF8",
-    b"BM",
-    b"II*\x00",
-    b"MM\x00*",
-    b"qoif",
-    b"\x00\x00\x00\x0cjP  ",
-)
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"qoif", b"\x00\x00\x00\x0cjP  ")
+_TIFF = (b"II*\x00", b"MM\x00*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to be captioned: where it lies, and ``id``, its path relative to the folder that was named."""
+    """A picture to be captioned: where it lies, and ``id``, its path relative to the folder that was named.
+
+    In the id, bytes of a file name that are no UTF-8 stand as ``\\xe9``, so that it can be written anywhere.
+    """
 
     path: Path
     id: str
 
 
-def find_sources(names: Sequence[str], *, recursive: bool = False, listing: TextIO | None = None) -> list[Source]:
+def find_sources(names: Sequence[str], *, recursive: bool = False, listing: BinaryIO | None = None) -> list[Source]:
     """The pictures that ``names`` stand for, each once, sorted by id within each name.
 
     A file is taken as it is. A folder gives the files in it (below it with ``recursive``) that have a picture's
-    extension in any case or start like one; hidden ones are left out. A glob is expanded where the shell did not.
-    ``-`` reads one path a line, or separated by NUL, from ``listing`` (standard input).
+    extension in any case or start like one; hidden ones are left out, links to folders are not followed. A glob is
+    expanded where the shell did not. ``-`` reads one path a line, or separated by NUL, from ``listing`` (standard
+    input); its list may be empty.
 
-    Raises ``UsageError`` for a name that stands for nothing.
+    Raises ``UsageError`` for a name that stands for nothing and for a folder that cannot be listed.
     """
     found: dict[str, Source] = {}
     several = len(names) > 1
@@ -57,16 +53,25 @@ def find_sources(names: Sequence[str], *, recursive: bool = False, listing: Text
     return list(found.values())
 
 
-def _expand(name: str, recursive: bool, several: bool, listing: TextIO | None) -> Iterator[Source]:
+def _expand(name: str, recursive: bool, several: bool, listing: BinaryIO | None) -> Iterator[Source]:
     if name == "-":
-        for line in _lines(listing or sys.stdin):
-            yield Source(Path(line), Path(line).as_posix())
+        yield from (_source(Path(line)) for line in _lines(listing))
         return
+    if not name:
+        raise UsageError("an empty name stands for no file or folder")
     path = Path(name)
-    if path.is_dir():
-        yield from _in_folder(path, recursive, several)
-    elif path.exists():
-        yield Source(path, path.as_posix() if several else path.name)
+    try:
+        is_folder, exists = path.is_dir(), os.path.lexists(path)
+    except OSError as fault:
+        raise UsageError(f"{name}: cannot be opened ({fault.strerror})") from fault
+    if is_folder:
+        inside = list(_in_folder(path, recursive, several))
+        if not inside:
+            hint = "" if recursive else "; --recursive goes into its sub-folders"
+            raise UsageError(f"{name}: no pictures in this folder{hint}")
+        yield from inside
+    elif exists:
+        yield _source(path) if several else _source(path, path.parent)
     elif glob.has_magic(name):
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
         if not matches:
@@ -75,14 +80,24 @@ def _expand(name: str, recursive: bool, several: bool, listing: TextIO | None) -
             if match.is_dir():
                 yield from _in_folder(match, recursive, True)
             else:
-                yield Source(match, match.as_posix())
+                yield _source(match)
     else:
         raise UsageError(f"{name}: no such file or folder")
 
 
-def _lines(listing: TextIO) -> Iterable[str]:
-    text = listing.read()
-    return [line for line in (text.split("\0") if "\0" in text else text.splitlines()) if line.strip()]
+def _source(path: Path, base: Path | None = None) -> Source:
+    name = (path if base is None else path.relative_to(base)).as_posix()
+    return Source(path, os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def _lines(listing: BinaryIO | None) -> list[str]:
+    if listing is None:
+        if sys.stdin is None:
+            raise UsageError("-: standard input is closed; give it a list of files")
+        listing = sys.stdin.buffer
+    data = listing.read()
+    lines = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
+    return [os.fsdecode(line) for line in lines if line.strip()]
 
 
 def _in_folder(folder: Path, recursive: bool, several: bool) -> Iterator[Source]:
@@ -90,11 +105,7 @@ def _in_folder(folder: Path, recursive: bool, several: bool) -> Iterator[Source]
     for base, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         paths += [Path(base, name) for name in files if not name.startswith(".")]
-    sources = [
-        Source(path, path.as_posix() if several else path.relative_to(folder).as_posix())
-        for path in paths
-        if _is_picture(path)
-    ]
+    sources = [_source(path, None if several else folder) for path in paths if _is_picture(path)]
     yield from sorted(sources, key=lambda source: source.id)
 
 
@@ -103,7 +114,10 @@ def _refuse(fault: OSError) -> None:
 
 
 def _is_picture(path: Path) -> bool:
-    """By extension, else by the first bytes: a picture without its extension still counts."""
+    """By extension, else by the first bytes: a picture without its extension, or with an odd one, still counts.
+
+    Raw photographs of many makers start like TIFF, hence that counts only where there is no extension.
+    """
     if path.suffix.lower() in EXTENSIONS:
         return True
     try:
@@ -115,6 +129,8 @@ def _is_picture(path: Path) -> bool:
         return False
     return (
         head.startswith(_SIGNATURES)
+        or (head.startswith(_TIFF) and not path.suffix)
+        or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0")
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"heic", b"mif1"))
     )

@@ -59,6 +59,7 @@ def test_names_carry_options_and_print_them_back():
         ("prunesid:upper_mult=-1", "upper_mult must be 1 or more"),
         ("prunesid:lambda=0", "lambda must be above 0"),
         ("prunesid:lambda=nan", "lambda must be a number or none, got nan"),
+        ("prunesid:lambda=true", "lambda must be a number or none, got True"),
         ("prunesid:keep_cls=1", "keep_cls must be true or false, got 1"),
         ("prunesid:upper_mult=true", "upper_mult must be a whole number, got True"),
     ],

@@ -308,6 +308,10 @@ def test_rows_out_of_raster_order_and_grids_with_holes_are_still_spread_evenly()
     layout = Layout(((6, 6),), np.zeros(36, np.int64), shuffle, np.zeros(36, np.int8))
     plan = get_method("uniform").compress(image(layout), 9)
     assert sorted(shuffle[plan.keep]) == list(split(6, 6, 9)[0])
+    pooled = get_method("pool").compress(image(layout), 9)
+    assert np.array_equal(
+        shuffle[pooled.keep][pooled.assign], np.array(split(6, 6, 9)[0])[np.array(split(6, 6, 9)[1])[shuffle]]
+    )
     holes = Layout(((6, 6),), np.zeros(30, np.int64), np.delete(np.arange(36), slice(10, 16)), np.zeros(30, np.int8))
     assert get_method("uniform").compress(image(holes), 5).keep.tolist() == [2, 8, 14, 20, 26]
 

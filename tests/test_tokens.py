@@ -212,7 +212,7 @@ HOSTILE = {
     "missing rank": npz(**{k: v for k, v in GOOD.items() if k != "rank"}),
     "pickled object": npz(**GOOD | {"keep": npy(np.array([{"a": 1}], object))}),
     "huge declared shape": npz(**GOOD | {"keep": header(HUGE)}),
-    "zip bomb": npz(zipfile.ZIP_DEFLATED, **GOOD | {"keep": bytes(80 << 20)}),
+    "zip bomb": npz(zipfile.ZIP_DEFLATED, **GOOD | {"bomb": bytes(80 << 20)}),
     "header that is no dictionary": npz(**GOOD | {"keep": header("((((")}),
     "header with an open string": npz(**GOOD | {"keep": header("{'descr': '''")}),
     "negative index": npz(**GOOD | {"keep": npy(np.array([-1])), "rank": npy(np.array([-1]))}),

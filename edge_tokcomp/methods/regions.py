@@ -36,7 +36,7 @@ def split(height: int, width: int, k: int) -> tuple[tuple[int, ...], tuple[int, 
     squared distance from a cell to its rectangle's centre wins: that favours rectangles both square and equal.
     """
     tilings = (_bands(height, width, k, r) for r in range(-(-k // width), min(height, k) + 1))
-    best = min((tiles for tiles in tilings if len(tiles) == k), key=_spread)
+    best = min(tilings, key=_spread)
     label = np.empty((height, width), np.int64)
     for number, (top, bottom, left, right) in enumerate(best):
         label[top:bottom, left:right] = number
@@ -45,11 +45,12 @@ def split(height: int, width: int, k: int) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def _bands(height: int, width: int, k: int, r: int) -> list[tuple[int, int, int, int]]:
-    """``(top, bottom, left, right)`` of the rectangles of ``r`` bands, ``[]`` where a band would stay without one."""
+    """``(top, bottom, left, right)`` of the rectangles of ``r`` bands.
+
+    Band heights differ by one row at most and ``r <= k``, so largest remainders leave no band without a rectangle.
+    """
     edges = [i * height // r for i in range(r + 1)]
     columns = share(k, [bottom - top for top, bottom in pairwise(edges)], [width] * r)
-    if 0 in columns:
-        return []
     return [
         (edges[band], edges[band + 1], j * width // count, (j + 1) * width // count)
         for band, count in enumerate(columns)
