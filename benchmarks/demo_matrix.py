@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--keeps", nargs="+", type=int, default=KEEPS)
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     arms = [Arm(get_method("none"), 1.0)]
@@ -38,7 +39,7 @@ def main() -> None:
         if done % 20 == 0:
             print(f"{done}/{options.scenes} scenes", file=sys.stderr, flush=True)
 
-    with load(precision=options.precision) as vlm:
+    with load(precision=options.precision, threads=options.threads) as vlm:
         scores, tokens = score_arms(vlm, arms, scenes=options.scenes, seed=options.seed, told=told)
     tasks = list(scores[0])
     print(f"| method | tokens | {' | '.join(tasks)} | mean | against none |")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from . import __version__
 from .errors import TokcompError, UsageError
 from .images import open_image, read_bytes
-from .records import Record, Sink, read_done, write_sidecar
+from .records import Earlier, Record, Sink, read_earlier, write_sidecar
 from .sources import Source
 from .vlm import CAPTION_PROMPT, VLM
 
@@ -42,8 +43,15 @@ class Parameters:
 
     def for_source(self, source: Source) -> Parameters:
         """With the placeholders of the prompt filled in."""
-        prompt = self.prompt.replace("{stem}", source.path.stem).replace("{parent}", source.path.parent.name)
-        return replace(self, prompt=prompt)
+        if not self.varies:
+            return self
+        parent = source.path.absolute().parent.name
+        return replace(self, prompt=self.prompt.replace("{stem}", source.path.stem).replace("{parent}", parent))
+
+    @property
+    def varies(self) -> bool:
+        """Whether the prompt is another for every picture."""
+        return "{stem}" in self.prompt or "{parent}" in self.prompt
 
 
 @dataclass(eq=False)
@@ -58,6 +66,19 @@ class Summary:
     first_token_ms: list[float] = field(default_factory=list)
     tokens_before: int = 0
     tokens_after: int = 0
+
+    def count(self, record: Record, skipped: bool) -> None:
+        """One more picture."""
+        if record.status == "error":
+            self.failures.append((record.id, record.error))
+        elif skipped:
+            self.skipped += 1
+        else:
+            self.ok += 1
+            if "first_token" in record.timings_ms:
+                self.first_token_ms.append(record.timings_ms["first_token"])
+                self.tokens_before += record.tokens_before
+                self.tokens_after += record.tokens_after
 
     def __str__(self) -> str:
         made = self.ok + len(self.failures)
@@ -98,22 +119,27 @@ def _fingerprint(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Done:
-    """What an earlier run left: records by (file hash, parameters), which of them under which id, and error rows."""
+    """What an earlier run left.
 
-    captions: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    ``captions`` by (file hash, parameters), ``ids`` they stand under, ``errors`` rows, ``last`` caption of a file hash.
+    """
+
+    captions: dict[tuple[str, str], Earlier] = field(default_factory=dict)
     ids: frozenset[tuple[str, str, str]] = frozenset()
     errors: frozenset[tuple[str, str, str]] = frozenset()
+    last: dict[str, Earlier] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | None) -> Done:
-        captions, ids, errors = {}, set(), set()
-        for record in read_done(path) if path else ():
-            if record["status"] == "ok":
-                captions[record["sha256"], record["params_hash"]] = record
-                ids.add((record["id"], record["sha256"], record["params_hash"]))
+        """From an output file; empty without one. Raises ``TokcompError`` if the file holds something else."""
+        captions, ids, errors, last = {}, set(), set(), {}
+        for earlier in read_earlier(path) if path else ():
+            if earlier.ok:
+                captions[earlier.sha256, earlier.params_hash] = last[earlier.sha256] = earlier
+                ids.add((earlier.id, earlier.sha256, earlier.params_hash))
             else:
-                errors.add((record["id"], record["sha256"], record.get("error", "")))
-        return cls(captions, frozenset(ids), frozenset(errors))
+                errors.add((earlier.id, earlier.sha256, earlier.error))
+        return cls(captions, frozenset(ids), frozenset(errors), last)
 
 
 def caption_all(
@@ -126,53 +152,80 @@ def caption_all(
     sidecar: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> Summary:
     """Caption ``sources`` into ``sink``.
 
     A picture whose bytes and parameters stand in ``done`` is skipped; its ``sidecar`` (an extension such as ``.txt``)
     is written from the record if it is missing. Without ``done``, where nothing but sidecars is written, a picture is
-    skipped when its sidecar is there and not empty. The same bytes under another name get a
-    row of their own without being computed again. A picture that fails gives an error row, once, and is tried again by
-    the next run. An interrupt (SIGINT, SIGTERM) lets the current picture finish; a second
-    one raises ``KeyboardInterrupt``.
+    skipped when its sidecar is there and not empty. A sidecar that says something else than an earlier record is
+    replaced only with ``overwrite``. The same bytes under another name get a row of their own without being computed
+    again. A picture that fails gives an error row, once, and is tried again by the next run.
+
+    An interrupt (SIGINT, SIGTERM) calls ``on_stop`` and lets the current picture finish; a second one raises
+    ``KeyboardInterrupt``. Raises ``UsageError`` when no picture could be captioned so, ``TokcompError`` when output
+    cannot be written.
     """
+    check_context(vlm, parameters)
+    if sidecar:
+        check_sidecars(sources, sidecar)
     job = _Job(vlm, parameters, done, sidecar, overwrite)
     summary, started = Summary(), time.perf_counter()
-    with _interruptible() as interrupted:
-        for source in sources:
-            if interrupted.is_set():
-                summary.interrupted = True
-                break
-            record, skipped = job.caption(source)
-            if record.status == "error":
-                summary.failures.append((record.id, record.error))
-                if (record.id, record.sha256, record.error) not in job.done.errors:
-                    sink.write(record)
-            elif skipped:
-                summary.skipped += 1
-            else:
-                sink.write(record)
-                summary.ok += 1
-                if "first_token" in record.timings_ms:
-                    summary.first_token_ms.append(record.timings_ms["first_token"])
-                summary.tokens_before += record.tokens_before
-                summary.tokens_after += record.tokens_after
-            if progress:
-                progress.done(record, skipped)
-    summary.seconds = time.perf_counter() - started
+    try:
+        with _interruptible(on_stop) as interrupted:
+            for source in sources:
+                if interrupted.is_set():
+                    summary.interrupted = True
+                    break
+                record, skipped = job.caption(source)
+                job.deliver(source, record, skipped, sink)
+                summary.count(record, skipped)
+                if progress:
+                    progress.done(record, skipped)
+    finally:
+        summary.seconds = time.perf_counter() - started
     return summary
 
 
-def count_done(vlm: VLM, sources: Sequence[Source], parameters: Parameters, done: Done) -> int:
-    """How many of ``sources`` stand in ``done`` as they are, by content."""
-    vlm_hash, count = _vlm_hash(vlm), 0
+def check_context(vlm: VLM, parameters: Parameters) -> None:
+    """Raise ``UsageError`` when the context has not the rows that a picture and the prompt take at least."""
+    needed = vlm.rows_needed(Parameters.prompt if parameters.varies else parameters.prompt)
+    if needed > vlm.decoder.n_ctx:
+        raise UsageError(
+            f"image and prompt need {needed} rows of context, there are {vlm.decoder.n_ctx}; "
+            "shorten --prompt, keep fewer image tokens or raise --ctx"
+        )
+
+
+def sidecar_path(source: Source, extension: str) -> Path:
+    """Where the caption of ``source`` goes: ``a.jpg`` to ``a.txt``."""
+    return source.path.with_suffix(extension)
+
+
+def check_sidecars(sources: Sequence[Source], extension: str) -> None:
+    """Raise ``UsageError`` when two pictures would share a sidecar, or one would be written over a picture."""
+    pictures = {os.path.normcase(os.path.abspath(source.path)): source for source in sources}
+    owners: dict[str, Source] = {}
     for source in sources:
-        try:
-            digest = hashlib.sha256(read_bytes(source.path)).hexdigest()
-        except TokcompError:
-            continue
-        count += (source.id, digest, params_hash(vlm_hash, parameters.for_source(source))) in done.ids
-    return count
+        beside = sidecar_path(source, extension)
+        key = os.path.normcase(os.path.abspath(beside))
+        if key in pictures:
+            raise UsageError(f"the sidecar of {source.id} would be written over the picture {pictures[key].id}")
+        if key in owners:
+            raise UsageError(
+                f"{owners[key].id} and {source.id} would share the sidecar {beside.name}; "
+                "rename one, or write to --out instead"
+            )
+        owners[key] = source
+
+
+def count_done(
+    vlm: VLM, sources: Sequence[Source], parameters: Parameters, done: Done | None, sidecar: str | None = None,
+    overwrite: bool = False,
+) -> int:  # fmt: skip
+    """How many of ``sources`` ``caption_all`` would skip."""
+    job = _Job(vlm, parameters, done, sidecar, overwrite)
+    return sum(job.is_done(source) for source in sources)
 
 
 class _Job:
@@ -184,77 +237,111 @@ class _Job:
         self.vlm, self.parameters, self.vlm_hash = vlm, parameters, _vlm_hash(vlm)
         self.done = Done() if done is None or overwrite else done
         self.sidecar, self.overwrite = sidecar, overwrite
-        self.only_sidecars = done is None
+        self.sidecar_decides = done is None and sidecar is not None and not overwrite
         self.known = dict(self.done.captions)
+
+    def is_done(self, source: Source) -> bool:
+        """Whether nothing is left to compute or to write for a picture."""
+        if self._has_sidecar(source):
+            return True
+        if not self.done.ids:
+            return False
+        try:
+            digest = hashlib.sha256(read_bytes(source.path)).hexdigest()
+        except TokcompError:
+            return False
+        return (source.id, digest, params_hash(self.vlm_hash, self.parameters.for_source(source))) in self.done.ids
 
     def caption(self, source: Source) -> tuple[Record, bool]:
         """The record of one picture, and whether it was skipped."""
         parameters = self.parameters.for_source(source)
-        blank = Record(
-            id=source.id, sha256="", status="error", error="", caption="", width=0, height=0, tokens_before=0,
+        record = Record(
+            id=source.id, sha256="", status="ok", error="", caption="", width=0, height=0, tokens_before=0,
             tokens_after=0, method=str(self.vlm.method), keep=self.vlm.keep, model=self.vlm.lm.name, seed=self.vlm.seed,
             timings_ms={}, version=__version__, params_hash=params_hash(self.vlm_hash, parameters),
         )  # fmt: skip
-        beside = source.path.with_suffix(self.sidecar) if self.sidecar else None
         try:
+            if self._has_sidecar(source):
+                return record, True
             started = time.perf_counter()
             data = read_bytes(source.path)
-            blank = replace(blank, sha256=hashlib.sha256(data).hexdigest())
-            if found := self._earlier(blank, beside):
-                return found
-            record = self._new(blank, parameters, data, started)
-        except UsageError:
-            raise
+            record = replace(record, sha256=hashlib.sha256(data).hexdigest())
+            if earlier := self.known.get((record.sha256, record.params_hash)):
+                return _again(record, earlier), (record.id, record.sha256, record.params_hash) in self.done.ids
+            return self._new(record, parameters, data, started), False
         except TokcompError as fault:
-            return replace(blank, error=str(fault)), False
-        if beside is not None:
-            _write_beside(beside, record.caption)
-        self.known[record.sha256, record.params_hash] = asdict(record)
-        return record, False
+            return replace(record, status="error", error=str(fault)), False
+        except Exception as fault:
+            # A fault of ours must not keep an overnight run from the pictures behind this one.
+            logger.exception("%s: internal error, please report it", source.id)
+            reason = " ".join(str(fault).split())
+            return replace(record, status="error", error=f"internal error ({type(fault).__name__}: {reason})"), False
 
-    def _earlier(self, blank: Record, beside: Path | None) -> tuple[Record, bool] | None:
-        """What an earlier run, or an earlier copy in this one, already says of these bytes."""
-        earlier = self.known.get((blank.sha256, blank.params_hash))
-        if earlier is not None:
-            if beside is not None and (self.overwrite or not _filled(beside)):
-                _write_beside(beside, earlier["caption"])
-            same = replace(
-                blank, status="ok", caption=earlier["caption"],
-                width=int(earlier["width"]), height=int(earlier["height"]),
-                tokens_before=int(earlier["tokens_before"]), tokens_after=int(earlier["tokens_after"]),
-                notes=[f"same bytes as {earlier['id']}"],
+    def deliver(self, source: Source, record: Record, skipped: bool, sink: Sink) -> None:
+        """Record first, then sidecar: a run that ends in between is put right by the next."""
+        if record.status == "error":
+            if (record.id, record.sha256, record.error) not in self.done.errors:
+                sink.write(record)
+            return
+        beside = self._sidecar_due(source, record, skipped)
+        if not skipped:
+            if self.sidecar and beside is None:
+                record = replace(record, notes=[*record.notes, "the sidecar that was there is kept"])
+            sink.write(record)
+            self.known[record.sha256, record.params_hash] = Earlier(
+                record.id, record.sha256, record.params_hash, "", record.caption, record.width, record.height,
+                record.tokens_before, record.tokens_after, ok=True,
             )  # fmt: skip
-            return same, (blank.id, blank.sha256, blank.params_hash) in self.done.ids
-        if beside is not None and self.only_sidecars and not self.overwrite and _filled(beside):
-            return replace(blank, status="ok", caption=beside.read_text(encoding="utf-8").strip()), True
-        return None
+        if beside is not None:
+            write_sidecar(beside, record.caption)
 
-    def _new(self, blank: Record, parameters: Parameters, data: bytes, started: float) -> Record:
+    def _has_sidecar(self, source: Source) -> bool:
+        return self.sidecar_decides and self.sidecar is not None and _filled(sidecar_path(source, self.sidecar))
+
+    def _sidecar_due(self, source: Source, record: Record, skipped: bool) -> Path | None:
+        """The sidecar to write, unless there is one that must stay."""
+        if not self.sidecar or (skipped and not record.sha256):
+            return None
+        beside = sidecar_path(source, self.sidecar)
+        if self.overwrite or not _filled(beside):
+            return beside
+        earlier = self.done.last.get(record.sha256)
+        if skipped or earlier is None:
+            return None
+        try:
+            return beside if beside.read_bytes() == f"{earlier.caption}\n".encode() else None
+        except OSError:
+            return None
+
+    def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
         image = open_image(data, max_pixels=self.vlm.max_pixels)
         reading = (time.perf_counter() - started) * 1e3
         encoded = self.vlm.encode(image)
         encoded.timings_ms["decode"] += reading
         answer = self.vlm.answer(encoded, parameters.prompt, max_tokens=parameters.max_tokens)
         return replace(
-            blank, status="ok", caption=answer.text, width=image.width, height=image.height,
-            tokens_before=answer.tokens_before, tokens_after=answer.tokens_after, finish_reason=answer.finish_reason,
-            timings_ms={name: round(value, 3) for name, value in answer.timings_ms.items()}, notes=list(image.notes),
+            record, caption=answer.text, width=image.width, height=image.height, tokens_before=answer.tokens_before,
+            tokens_after=answer.tokens_after, finish_reason=answer.finish_reason, notes=list(image.notes),
+            timings_ms={name: round(value, 3) for name, value in answer.timings_ms.items()},
         )  # fmt: skip
 
 
-def _write_beside(path: Path, text: str) -> None:
-    try:
-        write_sidecar(path, text)
-    except OSError as fault:
-        raise UsageError(f"{path}: cannot be written ({fault.strerror or fault})") from fault
+def _again(record: Record, earlier: Earlier) -> Record:
+    return replace(
+        record, caption=earlier.caption, width=earlier.width, height=earlier.height,
+        tokens_before=earlier.tokens_before, tokens_after=earlier.tokens_after, notes=[f"same bytes as {earlier.id}"],
+    )  # fmt: skip
 
 
 def _filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except OSError as fault:
+        raise TokcompError(f"{path}: cannot be read ({fault.strerror})") from fault
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def _interruptible(on_stop: Callable[[], None] | None) -> Iterator[threading.Event]:
     """Turn the first SIGINT or SIGTERM into a flag. In other threads than the main one signals are left alone."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -265,11 +352,14 @@ def _interruptible() -> Iterator[threading.Event]:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
-        logger.warning("stopping after the current picture; once more to stop at once")
+        if on_stop:
+            on_stop()
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored (nohup, a job in the background) stays so.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield flag
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

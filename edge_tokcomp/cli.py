@@ -6,18 +6,22 @@ Heavy modules are imported by the verbs that need them: ``--help`` must answer a
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import TokcompError, UsageError
+from .errors import ImageError, TokcompError
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 all well, 1 some pictures failed, 2 usage, 130 interrupted."""
+    """Run one command; 0 all well, 1 some pictures failed, 2 it could not be done as asked, 130 interrupted."""
+    _open_streams()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -27,23 +31,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
     options.command_line = ["edge-tokcomp", *(sys.argv[1:] if arguments is None else arguments)]
-    from . import commands
-
     try:
-        return int(getattr(commands, options.run)(options))
-    except UsageError as fault:
-        return _say(fault, USAGE)
+        from . import commands
+
+        code = int(getattr(commands, options.run)(options))
+        sys.stdout.flush()
+        return code
+    except ImageError as fault:
+        return _say(str(fault), SOME_FAILED)
     except TokcompError as fault:
-        return _say(fault, USAGE if options.run == "caption" else SOME_FAILED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing is left to tell anybody
+        return _say(str(fault), USAGE)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        _drop_output()
         return SOME_FAILED
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _drop_output()
+        return _say(f"the output cannot be written ({fault.strerror})", USAGE)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _say(fault: TokcompError, code: int) -> int:
-    print(f"edge-tokcomp: {fault}", file=sys.stderr)  # noqa: T201
+def _open_streams() -> None:
+    """Streams that are closed swallow what is written; characters a terminal cannot show are escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let what is still buffered for stdout go nowhere: Python would fail on it again at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _say(text: str, code: int) -> int:
+    from .records import printable
+
+    print(f"edge-tokcomp: {printable(text)}", file=sys.stderr)  # noqa: T201
     return code
 
 
@@ -51,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="edge-tokcomp",
+        allow_abbrev=False,
         description="Vision-language models on small machines, with a fraction of their image tokens.",
     )
     parser.add_argument("--version", action="version", version=f"edge-tokcomp {__version__}")
@@ -106,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     parser.set_defaults(run=name)
     return parser

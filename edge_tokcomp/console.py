@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from tqdm import tqdm
 
 from .budget import describe
-from .records import Record
+from .records import Record, printable
 
 QUIET_SECONDS = 10.0
+
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class Console:
@@ -24,7 +28,9 @@ class Console:
         self.tokens = (0, 0)
         self.bar = None
         if self.stream.isatty():
-            self.bar = tqdm(total=total, unit="image", file=self.stream, smoothing=0.1, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, unit=" images", file=self.stream, smoothing=0.1, dynamic_ncols=True, bar_format=_BAR
+            )
 
     def done(self, record: Record, skipped: bool) -> None:
         """One more picture; failures and a change of the token count are told at once."""
@@ -49,9 +55,14 @@ class Console:
     def say(self, text: str) -> None:
         """A line for people."""
         if self.bar is not None:
-            self.bar.write(text, file=self.stream)
+            self.bar.write(printable(text), file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
+
+    def stopping(self) -> None:
+        """Say that the run ends soon. Called from a signal handler, hence past Python's buffers and the bar's lock."""
+        with suppress(OSError):
+            os.write(self.stream.fileno(), b"\nstopping after the current picture; once more to stop at once\n")
 
     def close(self) -> None:
         """No more pictures."""
@@ -68,7 +79,7 @@ class Console:
 
 
 class TextLines:
-    """The sink used when no file is named: ``id``, a tab, the caption, on stdout."""
+    """The sink used when no file is named: ``id``, a tab, the caption, on stdout; a line a picture."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -77,7 +88,7 @@ class TextLines:
         """Print a caption; errors are the console's to tell."""
         if record.status != "ok":
             return
-        line = f"{record.id}\t{' '.join(record.caption.split())}"
+        line = f"{printable(record.id)}\t{printable(' '.join(record.caption.split()))}"
         if self.console.bar is not None and sys.stdout.isatty():
             self.console.bar.write(line, file=sys.stdout)
         else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -123,13 +124,15 @@ def _decoding(max_pixels: int) -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Pil.DecompressionBombWarning)
         before = Pil.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        # Icons are decoded as they are opened, so the limit cannot wait for us to look at the header.
         Pil.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
         try:
             yield
         except ImageError:
             raise
         except (Pil.DecompressionBombError, Pil.DecompressionBombWarning) as fault:
-            raise ImageError(f"more than the limit of {max_pixels:,} pixels ({_one_line(fault)})") from fault
+            counted = re.search(r"\((\d+) pixels\)", str(fault))
+            raise _too_large(int(counted[1]) if counted else None, max_pixels) from fault
         except MemoryError as fault:
             raise ImageError("not enough memory to decode it") from fault
         except Exception as fault:
@@ -155,10 +158,7 @@ def _first_picture(picture: PilImage.Image, max_pixels: int) -> tuple[PilImage.I
     """The first picture of a file, decoded, upright and RGB, with notes on what was not plain."""
     width, height = picture.size
     if width * height > max_pixels:
-        raise ImageError(
-            f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-            "make it smaller or raise max_pixels (--max-pixels)"
-        )
+        raise _too_large(width * height, max_pixels)
     if min(width, height) < 1:
         raise ImageError(f"{width} x {height} has no pixels")
     # Counting the frames would read a file of any length to its end.
@@ -250,6 +250,11 @@ def _enable_heif(data: bytes) -> None:
     except ImportError:
         raise ImageError("a HEIC picture; pip install 'edge-tokcomp[heic]' to read it") from None
     pillow_heif.register_heif_opener()
+
+
+def _too_large(count: int | None, max_pixels: int) -> ImageError:
+    found = "more" if count is None else f"{count:,} pixels, more"
+    return ImageError(f"{found} than the limit of {max_pixels:,}; make it smaller or raise max_pixels (--max-pixels)")
 
 
 def _looks_like(data: bytes) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
-from .budget import parse_keep
+from .budget import parse_keep, tokens_to_keep
 from .errors import TokcompError, UsageError
 from .families import family_for, family_named
 from .families.base import Pixels
@@ -114,6 +114,7 @@ def load(
     chosen = get_method(method)
     if keep is None and chosen.compresses:
         raise UsageError(f"method {chosen.name} needs keep: how many image tokens to keep (64, 0.25, 25%)")
+    Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
         Path(lm), Path(mmproj), chosen, 1.0 if keep is None else parse_keep(keep),
         precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or available_cores(),
@@ -237,8 +238,19 @@ class VLM:
             sum(len(e.plan) for e in encoded), prompt_tokens, len(generation.tokens), timings, tuple(encoded),
         )  # fmt: skip
 
+    def rows_needed(self, question: str = CAPTION_PROMPT) -> int:
+        """Rows of context that a question about one picture takes at least: text, kept tokens, one token of answer.
+
+        Raises ``TokcompError`` for a question that the model's chat template cannot write.
+        """
+        pieces = chat_prompt(self.model, question, 1).tokenize(self.model)
+        patches = self.spec.patches
+        kept = tokens_to_keep(self.keep, patches) if self.method.compresses else patches
+        return sum(len(piece) for piece in pieces) + kept + 1
+
     def close(self) -> None:
         """Free the language model; a second call does nothing."""
+        self._end_stream()
         self._stack.close()
 
     def __enter__(self) -> VLM:
@@ -253,7 +265,7 @@ class VLM:
         if isinstance(picture, Image):
             return picture
         if isinstance(picture, Pil.Image):
-            return wrap_image(picture)
+            return wrap_image(picture, max_pixels=self.max_pixels)
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise UsageError(f"a picture array must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
@@ -273,13 +285,13 @@ class VLM:
 
     def _encode_all(self, picture: Picture) -> list[EncodedImage]:
         pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+        if not pictures:
+            raise UsageError("an empty list holds no picture to ask about")
         return [self.encode(each) for each in pictures]
 
     def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
         """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
-        if self._streaming is not None:
-            self._streaming.close()  # an answer that nobody reads to its end must not hold the sequence
-            self._streaming = None
+        self._end_stream()
         pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
         key = (*(piece.tobytes() for piece in pieces[:-1]), *images)
         started = time.perf_counter()
@@ -291,6 +303,7 @@ class VLM:
             if lead:
                 self._decode_prefix(np.concatenate(lead), len(pieces[-1]))
             self._held = key
+        self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
         return self.embedding.rows(pieces[-1], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
 
@@ -309,6 +322,12 @@ class VLM:
         sampling = sampling or Sampling(seed=self.seed)
         return generate(self.decoder, self.model, self.embedding, [rows], sampling, max_tokens=max_tokens, stop=stop)
 
+    def _end_stream(self) -> None:
+        """An answer that nobody reads to its end must not hold the sequence."""
+        if self._streaming is not None:
+            self._streaming.close()
+            self._streaming = None
+
     def _stream(
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
@@ -317,12 +336,24 @@ class VLM:
 
         def run() -> Generator[str, None, None]:
             try:
-                yield from self._generate(rows, sampling, max_tokens, stop)
+                yield from _stripped(self._generate(rows, sampling, max_tokens, stop))
             finally:
                 self.decoder.drop(_ANSWER)
 
         self._streaming = run()
         return self._streaming
+
+
+def _stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces without the white space at either end of the whole, which ``answer`` takes off too."""
+    held, started = "", False
+    for piece in pieces:
+        text = held + piece if started else (held + piece).lstrip()
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        if shown:
+            started = True
+            yield shown
 
 
 def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:

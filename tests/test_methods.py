@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import array_api_strict
 import numpy as np
@@ -342,7 +342,7 @@ class Custom(Method):
     name: ClassVar[str] = "custom"
     title: ClassVar[str] = "Custom"
     source: ClassVar[str] = "test"
-    answer: ClassVar = None
+    answer: ClassVar[Any] = None
 
     def choose(self, rows, k):
         return type(self).answer(rows, k)

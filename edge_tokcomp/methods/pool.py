@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Pool(Method):
     name: ClassVar[str] = "pool"
     title: ClassVar[str] = "Average pooling"
     source: ClassVar[str] = "baseline"
-    scope: ClassVar = "crop"
+    scope: ClassVar[Literal["image", "crop"]] = "crop"
 
     @property
     def needs(self) -> frozenset[str]:

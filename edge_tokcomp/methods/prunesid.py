@@ -54,7 +54,7 @@ class PruneSID(Method):
     name: ClassVar[str] = "prunesid"
     title: ClassVar[str] = "PruneSID (released LLaVA code)"
     source: ClassVar[str] = "arXiv 2603.09480, released LLaVA code"
-    scope: ClassVar = "crop"
+    scope: ClassVar[Literal["image", "crop"]] = "crop"
     instead: ClassVar[str] = "use prunesid-paper, or write prunesid:score=projection"
 
     def __post_init__(self) -> None:

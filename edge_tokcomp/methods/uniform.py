@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from .base import Candidates, Method, Picks
 from .regions import regions
@@ -16,7 +16,7 @@ class Uniform(Method):
     name: ClassVar[str] = "uniform"
     title: ClassVar[str] = "Uniform grid"
     source: ClassVar[str] = "baseline"
-    scope: ClassVar = "crop"
+    scope: ClassVar[Literal["image", "crop"]] = "crop"
 
     @property
     def needs(self) -> frozenset[str]:

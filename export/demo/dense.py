@@ -114,7 +114,7 @@ def dense_loss(
     color, digit = heads.color(at_things).float(), heads.digit(at_things[card]).float()
     loss = error[thing].mean() + error[~thing].mean() + F.cross_entropy(color, targets.color[thing])
     if card.any():
-        loss = loss + F.cross_entropy(digit, targets.digit[thing][card])
+        loss = loss + 2 * F.cross_entropy(digit, targets.digit[thing][card])
     loss = loss + 5 * F.l1_loss(heads.box(at_things).float(), targets.box[thing])
     if whole:
         names = heads.scene(features[:, 0]).float()

@@ -22,6 +22,9 @@ from .vocabulary import AFTER_IMAGE, BEFORE_IMAGE, BOS, EOS, Vocabulary
 TEXT = 224
 """Text rows a sequence; questions that do not fit are left out."""
 
+EMPHASIS = {"digit": 2.0, "counting": 2.0}
+"""Weight of the tasks that are learnt last; 1 for the others."""
+
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
@@ -61,7 +64,7 @@ def build(
             tokens[row, at : at + length] = [*prompt, *answer[:-1]]
             first = at + len(prompt) - 1
             targets[row, first : at + length] = answer
-            weight[row, first : at + length] = len(answer) ** -0.5
+            weight[row, first : at + length] = EMPHASIS.get(question.task, 1.0) * len(answer) ** -0.5
             positions[row, at : at + length] = start + np.arange(length)
             block[row, at : at + length] = number
             spans.append((question, first, at + length))
@@ -77,11 +80,17 @@ def build(
     )
 
 
-def hidden_states(model: DemoVLM, vocabulary: Vocabulary, features: Tensor, dialogue: Dialogue) -> Tensor:
-    """Final hidden states ``(B, TEXT, width)`` of the text rows, image features ``(B, 1 + N, D)`` in front of them."""
+def hidden_states(
+    model: DemoVLM, vocabulary: Vocabulary, features: Tensor, dialogue: Dialogue, order: Tensor | None = None
+) -> Tensor:
+    """Final hidden states ``(B, TEXT, width)`` of the text rows, image features ``(B, 1 + N, D)`` in front of them.
+
+    ``order (N,)``: the order of the image rows, raster by default. Training shuffles all of them, so that the language
+    model reads places from the features, which carry them, and not from row numbers, which say little in a large VLM.
+    """
     batch = len(features)
     lead = torch.tensor([BOS, *vocabulary.encode(BEFORE_IMAGE)])
-    image = model.mm(features[:, 1:])
+    image = model.mm(features[:, 1:] if order is None else features[:, 1:][:, order])
     rows = torch.cat([
         model.lm.token_embd(lead).expand(batch, -1, -1).to(image.dtype), image,
         model.lm.token_embd(dialogue.tokens).to(image.dtype),

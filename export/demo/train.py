@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import dialogue as talk
 from .dense import dense_loss, dense_targets, pixels_of, windows
-from .model import DemoVLM, LanguageShape, TowerShape
+from .model import GRID, DemoVLM, LanguageShape, TowerShape
 from .pool import Pool, draw_pool
 from .scenes import draw_scene
 from .vocabulary import Vocabulary, train_vocabulary
@@ -49,7 +49,7 @@ STAGES = (
     Stage("windows", 800, 96, 3e-3, 1.0),
     Stage("scenes", 600, 32, 2e-3, 1.0),
     Stage("language", 700, 24, 2e-3, 0.0),
-    Stage("joint", 1300, 24, 1.5e-3, 0.5),
+    Stage("joint", 1450, 24, 1.5e-3, 0.5),
 )
 
 
@@ -148,13 +148,14 @@ class Trainer:
         if stage.name == "scenes":
             return dense_loss(self.model.aid, features, dense_targets(owners, things), whole=True)
         dialogue = talk.build(self.vocabulary, things, rng, each=2)
-        states = talk.hidden_states(self.model, self.vocabulary, features, dialogue)
+        order = torch.from_numpy(rng.permutation(GRID * GRID))
+        states = talk.hidden_states(self.model, self.vocabulary, features, dialogue, order)
         loss, right = talk.dialogue_loss(self.model, states, dialogue)
         seen = {kind: float(np.mean(marks)) for kind, marks in talk.scores(dialogue, right).items()}
         if stage.tower:
             dense, _ = dense_loss(self.model.aid, features, dense_targets(owners, things), whole=True)
             seen["dense"] = dense.item()
-            loss = loss + 0.25 * dense
+            loss = loss + 0.5 * dense
         return loss, seen
 
     @torch.no_grad()
