@@ -121,25 +121,34 @@ def _fingerprint(path: Path) -> str:
 class Done:
     """What an earlier run left.
 
-    ``captions`` by (file hash, parameters), ``ids`` they stand under, ``errors`` rows, ``last`` caption of a file hash.
+    ``captions`` by (file hash, parameters); ``copies``: the ids of those that stand there under several;
+    ``errors`` rows; ``last`` caption of a file hash.
     """
 
     captions: dict[tuple[str, str], Earlier] = field(default_factory=dict)
-    ids: frozenset[tuple[str, str, str]] = frozenset()
+    copies: frozenset[tuple[str, str, str]] = frozenset()
     errors: frozenset[tuple[str, str, str]] = frozenset()
     last: dict[str, Earlier] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | None) -> Done:
         """From an output file; empty without one. Raises ``TokcompError`` if the file holds something else."""
-        captions, ids, errors, last = {}, set(), set(), {}
+        captions: dict[tuple[str, str], Earlier] = {}
+        copies, errors, last = set(), set(), {}
         for earlier in read_earlier(path) if path else ():
-            if earlier.ok:
-                captions[earlier.sha256, earlier.params_hash] = last[earlier.sha256] = earlier
-                ids.add((earlier.id, earlier.sha256, earlier.params_hash))
-            else:
+            key = earlier.sha256, earlier.params_hash
+            if not earlier.ok:
                 errors.add((earlier.id, earlier.sha256, earlier.error))
-        return cls(captions, frozenset(ids), frozenset(errors), last)
+                continue
+            if key in captions:
+                copies |= {(captions[key].id, *key), (earlier.id, *key)}
+            captions[key] = last[earlier.sha256] = earlier
+        return cls(captions, frozenset(copies), frozenset(errors), last)
+
+    def has(self, name: str, sha256: str, parameters: str) -> bool:
+        """Whether the picture of that id, with those bytes, is done with those parameters."""
+        earlier = self.captions.get((sha256, parameters))
+        return earlier is not None and (earlier.id == name or (name, sha256, parameters) in self.copies)
 
 
 def caption_all(
@@ -238,19 +247,19 @@ class _Job:
         self.done = Done() if done is None or overwrite else done
         self.sidecar, self.overwrite = sidecar, overwrite
         self.sidecar_decides = done is None and sidecar is not None and not overwrite
-        self.known = dict(self.done.captions)
+        self.made: dict[tuple[str, str], Earlier] = {}
 
     def is_done(self, source: Source) -> bool:
         """Whether nothing is left to compute or to write for a picture."""
         if self._has_sidecar(source):
             return True
-        if not self.done.ids:
+        if not self.done.captions:
             return False
         try:
             digest = hashlib.sha256(read_bytes(source.path)).hexdigest()
         except TokcompError:
             return False
-        return (source.id, digest, params_hash(self.vlm_hash, self.parameters.for_source(source))) in self.done.ids
+        return self.done.has(source.id, digest, params_hash(self.vlm_hash, self.parameters.for_source(source)))
 
     def caption(self, source: Source) -> tuple[Record, bool]:
         """The record of one picture, and whether it was skipped."""
@@ -266,8 +275,9 @@ class _Job:
             started = time.perf_counter()
             data = read_bytes(source.path)
             record = replace(record, sha256=hashlib.sha256(data).hexdigest())
-            if earlier := self.known.get((record.sha256, record.params_hash)):
-                return _again(record, earlier), (record.id, record.sha256, record.params_hash) in self.done.ids
+            key = record.sha256, record.params_hash
+            if earlier := self.made.get(key) or self.done.captions.get(key):
+                return _again(record, earlier), self.done.has(record.id, *key)
             return self._new(record, parameters, data, started), False
         except TokcompError as fault:
             return replace(record, status="error", error=str(fault)), False
@@ -288,7 +298,7 @@ class _Job:
             if self.sidecar and beside is None:
                 record = replace(record, notes=[*record.notes, "the sidecar that was there is kept"])
             sink.write(record)
-            self.known[record.sha256, record.params_hash] = Earlier(
+            self.made[record.sha256, record.params_hash] = Earlier(
                 record.id, record.sha256, record.params_hash, "", record.caption, record.width, record.height,
                 record.tokens_before, record.tokens_after, ok=True,
             )  # fmt: skip

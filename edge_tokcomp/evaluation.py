@@ -50,7 +50,10 @@ def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False)
     plain, mine = scores[0], scores[-1]
     tasks: dict[str, dict[str, float]] = {}
     for task in mine:
-        tasks[task] = summarise(mine[task])
+        row = summarise(mine[task])
+        if not row["n"]:
+            continue  # few scenes may hold nothing to ask about, and NaN is no JSON
+        tasks[task] = row
         if len(arms) > 1:
             tasks[task] |= paired(mine[task], plain[task])
     return {

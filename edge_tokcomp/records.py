@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -219,7 +220,7 @@ def _earlier(row: Mapping[str, Any]) -> Earlier:
     if not all(isinstance(row[name], str) for name in names):
         raise TypeError(f"one of {', '.join(names)} is not text")
     return Earlier(
-        row["id"], row["sha256"], row["params_hash"], row["error"], row["caption"], int(row["width"]),
+        row["id"], row["sha256"], sys.intern(row["params_hash"]), row["error"], row["caption"], int(row["width"]),
         int(row["height"]), int(row["tokens_before"]), int(row["tokens_after"]), ok=row["status"] == "ok",
     )  # fmt: skip
 

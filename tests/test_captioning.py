@@ -11,10 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from test_images import png
 
 from edge_tokcomp.captioning import (
     Done,
@@ -30,6 +28,7 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.records import STAGES, Csv, JsonLines, Record
 from edge_tokcomp.sources import find_sources
 from edge_tokcomp.vlm import VLM
+from picture_files import BAD, mixed, pictures
 
 PARAMETERS = Parameters("what is this", max_tokens=6)
 
@@ -58,43 +57,6 @@ class Told:
         self.seen.append((record.id, record.status, skipped))
         if self.then and len(self.seen) == 1:
             self.then()
-
-
-def pictures(folder: Path, count: int = 4) -> Path:
-    folder.mkdir(exist_ok=True)
-    for number in range(count):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number}.png")
-    return folder
-
-
-def mixed(folder: Path) -> dict[str, str]:
-    """A folder of good and bad files, and what the row of each must say: its notes, or the reason it failed."""
-    folder.mkdir()
-    plain = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    plain.save(folder / "good.png")
-    exif = Image.Exif()
-    exif[274] = 6
-    plain.save(folder / "rotated.jpg", exif=exif)
-    plain.convert("CMYK").save(folder / "print.jpg")
-    Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60)).save(folder / "deep.png")
-    plain.quantize(16).save(folder / "palette.png")
-    plain.save(folder / "moving.gif", save_all=True, append_images=[Image.new("RGB", (60, 40))])
-    data = (folder / "good.png").read_bytes()
-    (folder / "truncated.png").write_bytes(data[:-400])
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "renamed.jpg").write_text("shopping list\n")
-    (folder / "huge.png").write_bytes(png(20_000, 10_000, 1, 0, bytes(2_500 * 10_000)))
-    (folder / "gone.png").symlink_to("nowhere")
-    return {
-        "good.png": "", "rotated.jpg": "EXIF orientation 6", "print.jpg": "CMYK", "deep.png": "16-bit grey",
-        "palette.png": "", "moving.gif": "first of several", "truncated.png": "damaged or truncated",
-        "empty.jpg": "0 bytes", "renamed.jpg": "it is text", "huge.png": "200,000,000 pixels",
-        "gone.png": "link to a file that is not there",
-    }  # fmt: skip
-
-
-BAD = {"truncated.png", "empty.jpg", "renamed.jpg", "huge.png", "gone.png"}
 
 
 def run(vlm: VLM, folder: Path, **options: Any) -> tuple[Summary, list[Record]]:
@@ -193,6 +155,9 @@ def test_the_same_bytes_under_another_name_get_a_row_without_being_computed(
     (folder / "moved.png").write_bytes((folder / "1.png").read_bytes())
     assert into(vlm, folder, out).ok == 1
     assert len(calls) == 2
+    (folder / "again.png").write_bytes((folder / "0.png").read_bytes())
+    assert into(vlm, folder, out).ok == 1
+    assert into(vlm, folder, out).skipped == 5
 
 
 def test_overwrite_computes_again(vlm: VLM, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from decoding import Floats, exact, image_prompt, random_rows, wanting_all
 from numpy.typing import NDArray
 
+from decoding import Floats, exact, image_prompt, random_rows, wanting_all
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.model import LanguageModel

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoding import exact, image_prompt, random_rows, wanting_all
 
+from decoding import exact, image_prompt, random_rows, wanting_all
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.language.cells import Cells
 from edge_tokcomp.language.decoder import PlainDecoder
