@@ -114,9 +114,10 @@ def load(
     chosen = get_method(method)
     if keep is None and chosen.compresses:
         raise UsageError(f"method {chosen.name} needs keep: how many image tokens to keep (64, 0.25, 25%)")
+    budget = 1.0 if keep is None else parse_keep(keep)
     Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
-        Path(lm), Path(mmproj), chosen, 1.0 if keep is None else parse_keep(keep),
+        Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0,
         precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or available_cores(),
         n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
