@@ -81,10 +81,9 @@ class Summary:
                 self.tokens_after += record.tokens_after
 
     def __str__(self) -> str:
-        made = self.ok + len(self.failures)
         parts = [f"{self.ok} captioned", f"{self.skipped} skipped", f"{len(self.failures)} failed"]
-        if made and self.seconds:
-            parts.append(f"{made / self.seconds:.2f} images/s")
+        if self.ok and self.seconds:
+            parts.append(f"{self.ok / self.seconds:.2f} images/s")
         if self.first_token_ms:
             parts.append(f"median time to first token {statistics.median(self.first_token_ms):.0f} ms")
         if self.tokens_before:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import array_api_strict
 import numpy as np
@@ -13,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.methods import METHODS, Merges, Method, Picks, Scores, get_method
+from edge_tokcomp.methods import METHODS, Picks, get_method
 from edge_tokcomp.methods.regions import split
 from edge_tokcomp.tokens import Layout, Role, VisionTokens
+from made_up_images import answering, image, moved, same_plan, with_separators
 
 MATRIX = [
     *METHODS,
@@ -29,59 +28,12 @@ COMPRESSING = [name for name in MATRIX if name != "none"]
 SEEING = [name for name in COMPRESSING if name.startswith(("prunesid", "todre"))]
 
 
-def image(layout: Layout, seed: int = 0, width: int = 24) -> VisionTokens:
-    """Features of a few overlapping clusters around a common mean, the way towers give them."""
-    rng = np.random.default_rng(seed)
-    total = len(layout)
-    mixture = np.abs(rng.standard_normal((total, 6))) ** 2
-    features = mixture @ rng.standard_normal((6, width)) + rng.standard_normal((total, width))
-    features += rng.standard_normal(width)
-    matrix = rng.standard_normal((width, 20)).astype(np.float32)
-    return VisionTokens(
-        features.astype(np.float32),
-        layout,
-        project=lambda rows: rows @ as_array(matrix, rows),
-        cls_attention=rng.dirichlet(np.full(total, 0.3), 4).astype(np.float32),
-        keys=rng.standard_normal((total, 8)).astype(np.float32),
-    )
-
-
-def as_array(values: np.ndarray, other):
-    if isinstance(other, np.ndarray):
-        return values
-    strict = hasattr(other, "__array_namespace__")
-    return other.__array_namespace__().asarray(values) if strict else other.new_tensor(values)
-
-
-def moved(tokens: VisionTokens, convert) -> VisionTokens:
-    return VisionTokens(
-        convert(tokens.features), tokens.layout, tokens.project, convert(tokens.cls_attention), convert(tokens.keys)
-    )
-
-
-def with_separators(layout: Layout, places: list[int]) -> Layout:
-    """``layout`` with a separator row before each of ``places``."""
-    return Layout(
-        layout.grids,
-        np.insert(layout.crop, places, [layout.crop[min(p, len(layout) - 1)] for p in places]),
-        np.insert(layout.cell, places, -1),
-        np.insert(layout.role, places, Role.SEPARATOR),
-    )
-
-
 @st.composite
 def layouts(draw) -> Layout:
     grids = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3))
     layout = Layout.of_grids(*grids, cls_rows=draw(st.booleans()))
     places = draw(st.lists(st.integers(0, len(layout)), max_size=4))
     return with_separators(layout, sorted(places)) if places else layout
-
-
-def same_plan(one, two) -> bool:
-    return all(
-        (a is None and b is None) or np.array_equal(a, b)
-        for a, b in ((one.keep, two.keep), (one.rank, two.rank), (one.assign, two.assign), (one.weight, two.weight))
-    )
 
 
 @settings(deadline=None, max_examples=150)
@@ -333,94 +285,3 @@ def test_pooling_conserves_mass_and_averages_by_region(layout, data):
         assert row in group
         assert len(set(layout.crop[group])) == 1
         assert np.allclose(merged[place], tokens.features[group].mean(axis=0), atol=1e-5)
-
-
-@dataclass(frozen=True)
-class Custom(Method):
-    """Returns what the test hands it."""
-
-    name: ClassVar[str] = "custom"
-    title: ClassVar[str] = "Custom"
-    source: ClassVar[str] = "test"
-    answer: ClassVar[Any] = None
-
-    def choose(self, rows, k):
-        return type(self).answer(rows, k)
-
-
-def answering(answer, **attributes) -> Method:
-    return type("Answering", (Custom,), {"answer": staticmethod(answer), **attributes})()
-
-
-def test_scores_keep_the_highest_with_ties_to_the_lower_index():
-    values = np.array([1.0, 3.0, 2.0, 3.0, 2.0, 3.0, -np.inf, 2.0, 0.0])
-    plan = answering(lambda rows, k: Scores(values, {"n": 9})).compress(image(Layout.of_grids((3, 3))), 5)
-    assert plan.rank.tolist() == [1, 3, 5, 2, 4]
-    assert plan.stats == {"n": 9.0}
-
-
-def test_merges_land_on_global_rows_beside_separators_and_dropped_ones():
-    layout = with_separators(Layout.of_grids((2, 3)), [0, 3])
-    weight = np.array([0.5, 0.5, 0, 0.25, 0.5, 0.25], np.float32)
-    merges = Merges(np.array([4, 1]), np.array([1, 1, -1, 0, 0, 0]), weight)
-    plan = answering(lambda rows, k: merges).compress(image(layout), 4)
-    assert plan.rank.tolist() == [0, 4, 6, 2]
-    assert plan.keep.tolist() == [0, 2, 4, 6]
-    assert plan.assign.tolist() == [0, 1, 1, -1, 2, 3, 3, 3]
-    assert plan.weight.tolist() == [1, 0.5, 0.5, 0, 1, 0.25, 0.5, 0.25]
-
-
-def test_a_kept_cls_row_passes_through_a_merging_plan_unchanged():
-    layout = Layout.of_grids((1, 3), cls_rows=True)
-    merges = Merges(np.array([1]), np.zeros(3, int), np.full(3, 1 / 3, np.float32))
-    plan = answering(lambda rows, k: merges, keep_cls=True).compress(image(layout), 2)
-    assert plan.keep.tolist() == plan.rank.tolist() == [0, 2]
-    assert plan.assign.tolist() == [0, 1, 1, 1]
-    assert plan.weight[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        (lambda rows, k: Picks(np.arange(k + 1)), "must choose 3 different rows of 9"),
-        (lambda rows, k: Picks(np.zeros(k, int)), "must choose"),
-        (lambda rows, k: Picks(np.arange(k) + 7), "must choose"),
-        (lambda rows, k: Picks(np.arange(k) - 1), "must choose"),
-        (lambda rows, k: Scores(np.ones(4)), "must score 9 rows"),
-        (lambda rows, k: Scores(np.full(9, np.nan)), "without NaN"),
-        (lambda rows, k: Merges(np.arange(k), np.zeros(4, int), np.zeros(4)), "must assign and weigh"),
-        (lambda rows, k: Merges(np.arange(k), np.zeros(9, int), np.ones(9)), "to itself"),
-    ],
-)
-def test_a_method_that_breaks_its_contract_is_named(answer, says):
-    with pytest.raises(ValueError, match=f"custom {says}|{says}"):
-        answering(answer).compress(image(Layout.of_grids((3, 3))), 3)
-
-
-def test_methods_see_only_their_candidates():
-    seen = []
-
-    def look(rows, k):
-        seen.append((len(rows), rows.features.shape, rows.cls_attention.shape, rows.keys.shape, rows.embeddings.shape))
-        seen.append((rows.grids, rows.crop.tolist(), rows.cell.tolist(), rows.budget, k))
-        return Picks(np.arange(k))
-
-    layout = with_separators(Layout.of_grids((1, 2), (2, 2), cls_rows=True), [2])
-    wanting = {"wants": frozenset({"cls_attention", "keys"})}
-    answering(look, scope="crop", **wanting).compress(image(layout), 4)
-    assert seen[:2] == [(2, (2, 24), (4, 2), (2, 8), (2, 20)), (((1, 2),), [0, 0], [0, 1], 1, 1)]
-    assert seen[2:] == [(4, (4, 24), (4, 4), (4, 8), (4, 20)), (((2, 2),), [0] * 4, [0, 1, 2, 3], 2, 2)]
-    seen.clear()
-    answering(look, **wanting).compress(image(layout), 4)
-    assert seen[1] == (((1, 2), (2, 2)), [0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3], 3, 3)
-
-
-def test_compress_cannot_be_overridden():
-    class Mixin:
-        def compress(self, tokens, keep, *, seed=0):
-            return None
-
-    with pytest.raises(TypeError, match="must not override compress"):
-        type("Sly", (Mixin, Custom), {})
-    with pytest.raises(TypeError, match="must not override compress"):
-        type("Bold", (Custom,), {"compress": lambda *_: None})

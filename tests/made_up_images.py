@@ -1,0 +1,75 @@
+"""Made-up images, and a method that does what it is told, for the tests of compression methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edge_tokcomp.methods import Method
+from edge_tokcomp.tokens import Layout, Role, VisionTokens
+
+
+def image(layout: Layout, seed: int = 0, width: int = 24) -> VisionTokens:
+    """Features of a few overlapping clusters around a common mean, the way towers give them."""
+    rng = np.random.default_rng(seed)
+    total = len(layout)
+    mixture = np.abs(rng.standard_normal((total, 6))) ** 2
+    features = mixture @ rng.standard_normal((6, width)) + rng.standard_normal((total, width))
+    features += rng.standard_normal(width)
+    matrix = rng.standard_normal((width, 20)).astype(np.float32)
+    return VisionTokens(
+        features.astype(np.float32),
+        layout,
+        project=lambda rows: rows @ as_array(matrix, rows),
+        cls_attention=rng.dirichlet(np.full(total, 0.3), 4).astype(np.float32),
+        keys=rng.standard_normal((total, 8)).astype(np.float32),
+    )
+
+
+def as_array(values: np.ndarray, other):
+    if isinstance(other, np.ndarray):
+        return values
+    strict = hasattr(other, "__array_namespace__")
+    return other.__array_namespace__().asarray(values) if strict else other.new_tensor(values)
+
+
+def moved(tokens: VisionTokens, convert) -> VisionTokens:
+    return VisionTokens(
+        convert(tokens.features), tokens.layout, tokens.project, convert(tokens.cls_attention), convert(tokens.keys)
+    )
+
+
+def with_separators(layout: Layout, places: list[int]) -> Layout:
+    """``layout`` with a separator row before each of ``places``."""
+    return Layout(
+        layout.grids,
+        np.insert(layout.crop, places, [layout.crop[min(p, len(layout) - 1)] for p in places]),
+        np.insert(layout.cell, places, -1),
+        np.insert(layout.role, places, Role.SEPARATOR),
+    )
+
+
+def same_plan(one, two) -> bool:
+    return all(
+        (a is None and b is None) or np.array_equal(a, b)
+        for a, b in ((one.keep, two.keep), (one.rank, two.rank), (one.assign, two.assign), (one.weight, two.weight))
+    )
+
+
+@dataclass(frozen=True)
+class Custom(Method):
+    """Returns what the test hands it."""
+
+    name: ClassVar[str] = "custom"
+    title: ClassVar[str] = "Custom"
+    source: ClassVar[str] = "test"
+    answer: ClassVar[Any] = None
+
+    def choose(self, rows, k):
+        return type(self).answer(rows, k)
+
+
+def answering(answer, **attributes) -> Method:
+    return type("Answering", (Custom,), {"answer": staticmethod(answer), **attributes})()
