@@ -22,7 +22,7 @@ from .vocabulary import AFTER_IMAGE, BEFORE_IMAGE, BOS, EOS, Vocabulary
 TEXT = 224
 """Text rows a sequence; questions that do not fit are left out."""
 
-EMPHASIS = {"digit": 2.0, "counting": 4.0}
+EMPHASIS = {"digit": 2.0, "counting": 2.0}
 """Weight of the tasks that are learnt last; 1 for the others."""
 
 

@@ -1,11 +1,10 @@
-"""Train the demo VLM from nothing, in five resumable stages.
+"""Train the demo VLM from nothing, in four resumable stages.
 
     python -m edge_tokcomp.export.demo.train FOLDER
 
 ``windows``: the tower alone, per-patch targets, on 12 x 12-patch windows. ``scenes``: the same on whole scenes, with
 CLS told to name what is there. ``language``: projector and language model, on questions and captions over all 576 image
-tokens. ``joint`` and ``polish``: the same with the tower, its per-patch targets kept on; the second at a lower rate.
-Nothing is ever pruned in training.
+tokens. ``joint``: the same with the tower, its per-patch targets kept on. Nothing is ever pruned in training.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ STAGES = (
     Stage("scenes", 600, 32, 2e-3, 1.0),
     Stage("language", 700, 24, 2e-3, 0.0),
     Stage("joint", 1450, 24, 1.5e-3, 0.5),
-    Stage("polish", 210, 24, 3e-4, 0.5),
 )
 
 
@@ -138,7 +136,7 @@ class Trainer:
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
-            if stage.name in ("language", "joint", "polish") and self.step % 200 == 0:
+            if stage.name in ("language", "joint") and self.step % 200 == 0:
                 print(json.dumps({"step": self.step, **self.check()}), flush=True)
 
     def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
