@@ -331,5 +331,5 @@ def test_the_summary_is_one_line_with_all_counts() -> None:
     summary = Summary(ok=2, skipped=1, failures=[("a", "b")], seconds=2.0, first_token_ms=[10.0, 30.0],
                       tokens_before=1152, tokens_after=128)  # fmt: skip
     assert str(summary) == (
-        "2 captioned, 1 skipped, 1 failed, 1.50 images/s, median time to first token 20 ms, image tokens 1,152 → 128"
+        "2 captioned, 1 skipped, 1 failed, 1.00 images/s, median time to first token 20 ms, image tokens 1,152 → 128"
     )
