@@ -107,7 +107,7 @@ def test_answers_equal_those_worked_out_from_the_words() -> None:
     kinds = set()
     for seed in range(150):
         scene = draw_scene((9, seed))
-        for question in ask_all(scene, rng, vary=False, each=2):
+        for question in ask_all(scene, rng, vary=False, each=dict.fromkeys(WORDING, 2)):
             if question.kind in ("caption", "existence"):
                 continue
             kinds.add(question.kind)
@@ -133,3 +133,15 @@ def test_object_f1_counts_misses_inventions_and_wrong_digits() -> None:
         2 / 3
     )
     assert object_f1("Nothing to be seen.", scene) == 0
+
+
+def test_only_training_bends_the_handwriting_and_nothing_else_of_a_scene() -> None:
+    bent = 0
+    for seed in range(40):
+        trained, tested = draw_scene((13, seed), "train"), draw_scene((13, seed), "test")
+        assert trained.things == tested.things
+        cards = [number for number, thing in enumerate(trained.things) if thing.shape == "card"]
+        elsewhere = ~np.isin(trained.owner, cards)
+        np.testing.assert_array_equal(trained.image[elsewhere], tested.image[elsewhere])
+        bent += bool(cards) and not np.array_equal(trained.image, tested.image)
+    assert bent > 5

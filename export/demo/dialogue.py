@@ -22,7 +22,10 @@ from .vocabulary import AFTER_IMAGE, BEFORE_IMAGE, BOS, EOS, Vocabulary
 TEXT = 224
 """Text rows a sequence; questions that do not fit are left out."""
 
-EMPHASIS = {"digit": 2.0, "counting": 2.0}
+EACH = {"existence": 2, "shape": 2, "count": 4, "digit": 2, "relation": 2}
+"""Questions of a kind about one scene, if it allows so many; 1 for the others."""
+
+EMPHASIS = {"digit": 2.0, "counting": 1.5}
 """Weight of the tasks that are learnt last; 1 for the others."""
 
 
@@ -40,9 +43,7 @@ class Dialogue:
     questions: list[list[tuple[Question, int, int]]]
 
 
-def build(
-    vocabulary: Vocabulary, scenes: Sequence[Sequence[Thing]], rng: np.random.Generator, *, each: int
-) -> Dialogue:
+def build(vocabulary: Vocabulary, scenes: Sequence[Sequence[Thing]], rng: np.random.Generator) -> Dialogue:
     """Draw questions about every scene and lay them out."""
     start = 1 + len(vocabulary.encode(BEFORE_IMAGE)) + GRID * GRID
     shape = (len(scenes), TEXT)
@@ -51,7 +52,7 @@ def build(
     weight = np.zeros(shape, np.float32)
     asked: list[list[tuple[Question, int, int]]] = []
     for row, things in enumerate(scenes):
-        questions = ask_all(Scene(np.empty(0, np.uint8), tuple(things), np.empty(0, np.int8)), rng, each=each)
+        questions = ask_all(Scene(np.empty(0, np.uint8), tuple(things), np.empty(0, np.int8)), rng, each=EACH)
         order = [0, *(1 + rng.permutation(len(questions) - 1))]
         spans, at = [], 0
         for number in order:

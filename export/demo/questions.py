@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,12 +70,14 @@ def object_f1(text: str, scene: Scene) -> float:
     return 2 * both / (sum(truth.values()) + sum(said.values()))
 
 
-def ask_all(scene: Scene, rng: np.random.Generator, *, vary: bool = True, each: int = 1) -> list[Question]:
-    """Questions about a scene, up to ``each`` of every kind it allows; ``vary`` draws the wording too."""
+def ask_all(
+    scene: Scene, rng: np.random.Generator, *, vary: bool = True, each: Mapping[str, int] | None = None
+) -> list[Question]:
+    """Questions about a scene, one of every kind it allows or up to ``each[kind]``; ``vary`` draws the wording too."""
     asked: list[Question] = []
     for kind in ("caption", "existence", "color", "shape", "size", "count", "digit", "relation", "place"):
         seen: set[str] = set()
-        for _ in range(1 if kind == "caption" else each):
+        for _ in range(each.get(kind, 1) if each else 1):
             question = _ask(kind, scene, rng, vary)
             if question is not None and question.text not in seen:
                 seen.add(question.text)

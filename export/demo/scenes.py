@@ -231,17 +231,41 @@ def _inside(shape: str, u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArr
 def _handwriting(
     digit: int, split: Split, u: NDArray[np.float32], v: NDArray[np.float32], rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Ink of a random sample of ``digit``, slightly turned, scaled and moved, at the pixels ``(u, v)``."""
+    """Ink of a random sample of ``digit``, slightly turned, scaled and moved, at the pixels ``(u, v)``.
+
+    In training it is bent as well: the train split has some 125 samples a digit, few enough to be learnt by heart.
+    """
     images, _, _ = _digits()
     glyph = np.pad(images[rng.choice(_digit_samples(split)[digit])], 1)
     turn, scale = rng.uniform(-0.15, 0.15), rng.uniform(0.58, 0.74)
     right, down = u - rng.uniform(-0.06, 0.06), v - rng.uniform(-0.06, 0.06)
-    x = (np.cos(turn) * right + np.sin(turn) * down) / scale * 4 + 4.5
-    y = (-np.sin(turn) * right + np.cos(turn) * down) / scale * 4 + 4.5
-    x, y = np.clip(x, 0, 8.999), np.clip(y, 0, 8.999)
+    x = (np.cos(turn) * right + np.sin(turn) * down) / scale * 4
+    y = (-np.sin(turn) * right + np.cos(turn) * down) / scale * 4
+    gain = 1.4
+    if split == "train":
+        x, y, gain = _bend(x, y, rng.spawn(1)[0])  # a stream of its own: the rest of the scene stays what it was
+    x, y = np.clip(x + 4.5, 0, 8.999), np.clip(y + 4.5, 0, 8.999)
     column, row = x.astype(int), y.astype(int)
     a, b = x - column, y - row
     ink = (glyph[row, column] * (1 - a) + glyph[row, column + 1] * a) * (1 - b) + (
         glyph[row + 1, column] * (1 - a) + glyph[row + 1, column + 1] * a
     ) * b
-    return np.asarray(np.clip(ink * 1.4, 0, 1), np.float32)
+    return np.asarray(np.clip(ink * gain, 0, 1), np.float32)
+
+
+def _bend(
+    x: NDArray[np.float32], y: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """Another hand for the same digit: glyph coordinates turned, slanted, stretched and waved; and the ink's gain."""
+    turn, slant = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2)
+    wide, high = np.exp(rng.uniform(-0.15, 0.15, 2))
+    u = (np.cos(turn) * x + np.sin(turn) * y) * wide
+    v = (-np.sin(turn) * x + np.cos(turn) * y) * high
+    u = u + slant * v
+    waves, phases = rng.uniform(0.3, 0.9, 4), rng.uniform(0, 2 * np.pi, 4)
+    strength = rng.uniform(0, 0.35)
+    u, v = (
+        u + strength * (np.sin(waves[0] * v + phases[0]) + 0.5 * np.sin(waves[1] * u + phases[1])),
+        v + strength * (np.sin(waves[2] * u + phases[2]) + 0.5 * np.sin(waves[3] * v + phases[3])),
+    )
+    return u, v, float(rng.uniform(1.0, 2.0))
