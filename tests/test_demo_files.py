@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 
 from edge_tokcomp.export.demo.dense import pixels_of
+from edge_tokcomp.export.demo.from_gguf import fit_heads, read_weights, write_vocabulary
 from edge_tokcomp.export.demo.model import DemoVLM, LanguageShape, TowerShape
+from edge_tokcomp.export.demo.pool import Pool, draw_part
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.export.demo.to_gguf import write_language_model, write_mmproj
 from edge_tokcomp.export.demo.vocabulary import AFTER_IMAGE, BEFORE_IMAGE, BOS, Vocabulary, train_vocabulary
@@ -86,3 +89,33 @@ def test_the_pipeline_sees_and_says_what_the_torch_model_does(
     assert error < 5e-3  # the mmproj is F16
     text = b"".join(vlm.model.piece(token) for token in said).decode(errors="replace")
     assert vlm.answer(encoded, question, max_tokens=12).text == text.strip()
+
+
+def test_the_files_read_back_are_the_model_they_were_written_from(pair: tuple[DemoVLM, Path]) -> None:
+    model, folder = pair
+    torch.manual_seed(1)
+    read = DemoVLM(TOWER, LANGUAGE)
+    read_weights(read, folder / "lm.gguf", folder / "mmproj.gguf")
+    for name, weight in read.state_dict().items():
+        if not name.startswith("aid."):
+            error = (weight - model.state_dict()[name]).abs().max().item()
+            assert error <= (0 if name.startswith("lm.") else 1e-3 * weight.abs().max().item()), name
+
+
+def test_the_vocabulary_read_back_encodes_as_before(
+    pair: tuple[DemoVLM, Path], vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    write_vocabulary(pair[1] / "lm.gguf", tmp_path / "vocabulary.model")
+    read = Vocabulary(tmp_path / "vocabulary.model")
+    for text in (" At the top left a blue star.", "Grüße, 世界 🙂\ttab\n\n  two spaces", "12345 unfamiliarwords"):
+        assert read.encode(text) == vocabulary.encode(text)
+
+
+def test_heads_fitted_to_a_frozen_tower_leave_it_alone(pair: tuple[DemoVLM, Path], tmp_path: Path) -> None:
+    draw_part(tmp_path, 0, 12)
+    model = copy.deepcopy(pair[0])
+    before = fit_heads(model, Pool(tmp_path), steps=1, batch=8)
+    after = fit_heads(model, Pool(tmp_path), steps=40, batch=8)
+    assert after["shape"] > before["shape"]
+    for name, weight in model.v.state_dict().items():
+        assert torch.equal(weight, pair[0].v.state_dict()[name])

@@ -15,7 +15,7 @@ from .model import GRID, PATCH
 from .scenes import SIDE, Scene, Thing, draw_scene
 
 TRAIN_SEED = 1
-PARTS, PART_SCENES = 8, 4000
+PARTS, PART_SCENES = 20, 4000
 """Size of the pool the bundled model was trained on."""
 
 COVER = 0.3

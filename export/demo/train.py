@@ -1,4 +1,4 @@
-"""Train the demo VLM from nothing, in four resumable stages.
+"""Train the demo VLM from nothing, in five resumable stages.
 
     python -m edge_tokcomp.export.demo.train FOLDER
 
@@ -50,6 +50,7 @@ STAGES = (
     Stage("scenes", 600, 32, 2e-3, 1.0),
     Stage("language", 700, 24, 2e-3, 0.0),
     Stage("joint", 1450, 24, 1.5e-3, 0.5),
+    Stage("finish", 2000, 24, 1e-3, 0.5),
 )
 
 
@@ -136,7 +137,7 @@ class Trainer:
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
-            if stage.name in ("language", "joint") and self.step % 200 == 0:
+            if stage.name in ("language", "joint", "finish") and self.step % 200 == 0:
                 print(json.dumps({"step": self.step, **self.check()}), flush=True)
 
     def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -147,7 +148,7 @@ class Trainer:
         features = self.model.v(pixels_of(images))
         if stage.name == "scenes":
             return dense_loss(self.model.aid, features, dense_targets(owners, things), whole=True)
-        dialogue = talk.build(self.vocabulary, things, rng, each=2)
+        dialogue = talk.build(self.vocabulary, things, rng)
         order = torch.from_numpy(rng.permutation(GRID * GRID))
         states = talk.hidden_states(self.model, self.vocabulary, features, dialogue, order)
         loss, right = talk.dialogue_loss(self.model, states, dialogue)
@@ -164,7 +165,7 @@ class Trainer:
         marks: dict[str, list[bool]] = {}
         for start in range(0, scenes, batch):
             drawn = [draw_scene((CHECK_SEED, start + index), "test") for index in range(batch)]
-            dialogue = talk.build(self.vocabulary, [s.things for s in drawn], np.random.default_rng((4, start)), each=2)
+            dialogue = talk.build(self.vocabulary, [s.things for s in drawn], np.random.default_rng((4, start)))
             with torch.autocast("cpu", torch.bfloat16):
                 features = self.model.v(pixels_of(np.stack([scene.image for scene in drawn])))
                 states = talk.hidden_states(self.model, self.vocabulary, features, dialogue)
