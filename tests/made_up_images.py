@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from edge_tokcomp.methods import Method
-from edge_tokcomp.tokens import Layout, Role, VisionTokens
+from edge_tokcomp.methods import Method, get_method
+from edge_tokcomp.tokens import Layout, Plan, Role, VisionTokens
 
 
 def image(layout: Layout, seed: int = 0, width: int = 24) -> VisionTokens:
@@ -26,6 +26,17 @@ def image(layout: Layout, seed: int = 0, width: int = 24) -> VisionTokens:
         cls_attention=rng.dirichlet(np.full(total, 0.3), 4).astype(np.float32),
         keys=rng.standard_normal((total, 8)).astype(np.float32),
     )
+
+
+def question(tokens: VisionTokens) -> Any:
+    """Five tokens at the language width of ``tokens``, in its library."""
+    width = tokens.features.shape[1] if tokens.project is None else 20
+    return as_array(np.random.default_rng(77).standard_normal((5, width)).astype(np.float32), tokens.features)
+
+
+def compress(name: str, tokens: VisionTokens, keep: int | float, seed: int = 0) -> Plan:
+    """The plan of a method by name, asked ``question``."""
+    return get_method(name).compress(tokens, keep, seed=seed, query=question(tokens))
 
 
 def as_array(values: np.ndarray, other):

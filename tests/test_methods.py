@@ -14,7 +14,7 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.methods import METHODS, Picks, get_method
 from edge_tokcomp.methods.regions import split
 from edge_tokcomp.tokens import Layout, Role, VisionTokens
-from made_up_images import answering, image, moved, same_plan, with_separators
+from made_up_images import answering, compress, image, moved, same_plan, with_separators
 
 MATRIX = [
     *METHODS,
@@ -23,9 +23,23 @@ MATRIX = [
     "prunesid:keep_cls=true",
     "prunesid-paper:keep_cls=true",
     "todre:form=k_center",
+    "visionzip:aggregate=mean,centred=true,keep_cls=true",
+    "divprune:centred=true,distinctive=true",
+    "vispruner:important=0.25,step=3,centred=true",
+    "scope:centred=true",
+    "scope:alpha=0",
+    "cdpruner:relevance=negative,normalise=mean,centred=true,distinctive=true",
+    "cdpruner:relevance=off",
+    "dart:image_pivots=2,text_pivots=1,centred=true",
+    "holov:chunks=5",
+    "mmtok:centred=true",
+    "tome:centred=true",
 ]
 COMPRESSING = [name for name in MATRIX if name != "none"]
-SEEING = [name for name in COMPRESSING if name.startswith(("prunesid", "todre"))]
+BLIND = ("random", "uniform", "pool")
+ORDERED = ("holov", "visionzip", "tome", "cdpruner:relevance=off", "scope:alpha=0")
+"""Methods whose result goes by the raster order of the tokens: by design, or because ties are the rule."""
+SEEING = [name for name in COMPRESSING if not name.startswith(BLIND)]
 
 
 @st.composite
@@ -42,7 +56,7 @@ def test_every_plan_has_exactly_the_budget_sorted_unique_protected_and_repeatabl
     tokens, before = image(layout, seed), len(layout.uncompressed)
     keep = data.draw(st.integers(1, before + 2) | st.floats(0.01, 1))
     method = get_method(name)
-    plan = method.compress(tokens, keep, seed=seed)
+    plan = compress(name, tokens, keep, seed=seed)
 
     separators = int(layout.protected.sum())
     wanted = min(keep, before) if isinstance(keep, int) else max(1, int(keep * before + 0.5))
@@ -61,7 +75,7 @@ def test_every_plan_has_exactly_the_budget_sorted_unique_protected_and_repeatabl
         assert np.array_equal(plan.rank, layout.uncompressed)
     assert plan.keep.dtype == plan.rank.dtype == np.int64
     assert ("keep_raised" in plan.stats) == (separators + 1 > wanted)
-    assert same_plan(plan, method.compress(image(layout, seed), keep, seed=seed))
+    assert same_plan(plan, compress(name, image(layout, seed), keep, seed=seed))
     assert plan.apply(tokens.features).shape == (expected, 24)
 
 
@@ -69,12 +83,12 @@ def test_every_plan_has_exactly_the_budget_sorted_unique_protected_and_repeatabl
 def test_a_budget_of_nothing_is_refused(name):
     for keep in (0, 0.0, -1, "0%"):
         with pytest.raises(UsageError, match="keep"):
-            get_method(name).compress(image(Layout.of_grids((3, 3))), keep)
+            compress(name, image(Layout.of_grids((3, 3))), keep)
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_one_token_stays_itself(name):
-    assert get_method(name).compress(image(Layout.of_grids((1, 1))), 1).keep.tolist() == [0]
+    assert compress(name, image(Layout.of_grids((1, 1))), 1).keep.tolist() == [0]
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -85,10 +99,10 @@ def test_identical_tokens_give_exact_and_equal_plans_on_numpy_and_torch(name, va
     flat = np.full((len(layout), 16), value, np.float32)
     attention = np.full((2, len(layout)), 1 / len(layout), np.float32)
     for keep in (1, 5, 16, 41):
-        plan = get_method(name).compress(VisionTokens(flat, layout, cls_attention=attention), keep)
+        plan = compress(name, VisionTokens(flat, layout, cls_attention=attention), keep)
         assert len(plan) == keep
         on_torch = VisionTokens(torch.from_numpy(flat), layout, cls_attention=torch.from_numpy(attention))
-        assert same_plan(plan, get_method(name).compress(on_torch, keep))
+        assert same_plan(plan, compress(name, on_torch, keep))
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -101,10 +115,10 @@ def test_numpy_torch_and_the_strict_array_api_give_the_same_plan(name, grids):
         if seed == 3:
             tokens.features[10:14] = tokens.features[30:34]
             tokens.cls_attention[:, 10:14] = tokens.cls_attention[:, 30:34]
-        plan = get_method(name).compress(tokens, 23, seed=seed)
-        assert same_plan(plan, get_method(name).compress(moved(tokens, torch.from_numpy), 23, seed=seed))
+        plan = compress(name, tokens, 23, seed=seed)
+        assert same_plan(plan, compress(name, moved(tokens, torch.from_numpy), 23, seed=seed))
         strict = moved(tokens, array_api_strict.asarray)
-        assert same_plan(plan, get_method(name).compress(strict, 23, seed=seed))
+        assert same_plan(plan, compress(name, strict, 23, seed=seed))
 
 
 def test_torch_tensors_inside_an_autograd_graph_are_taken_as_values():
@@ -112,7 +126,7 @@ def test_torch_tensors_inside_an_autograd_graph_are_taken_as_values():
     tokens = image(Layout.of_grids((5, 5)))
     tracked = moved(tokens, lambda array: torch.from_numpy(array).requires_grad_())
     for name in COMPRESSING:
-        assert same_plan(get_method(name).compress(tokens, 7), get_method(name).compress(tracked, 7))
+        assert same_plan(compress(name, tokens, 7), compress(name, tracked, 7))
     seen = []
     answering(lambda rows, k: seen.append(rows) or Picks(np.arange(k))).compress(tracked, 7)
     assert not seen[0].features.requires_grad
@@ -128,12 +142,15 @@ def test_half_precision_features_change_few_choices(name, kind):
         half = moved(tokens, lambda array: torch.from_numpy(array).to(getattr(torch, kind)))
         project = functools.partial(lambda whole, rows: whole(rows.float()), tokens.project)
         rounded = VisionTokens(half.features, half.layout, project, half.cls_attention)
-        one, two = get_method(name).compress(tokens, 64), get_method(name).compress(rounded, 64)
+        one, two = compress(name, tokens, 64), compress(name, rounded, 64)
         shared.append(len(np.intersect1d(one.keep, two.keep)) / 64)
-    assert np.mean(shared) >= (0.95 if kind == "float16" else 0.8), shared
+    bars = {"float16": 0.95, "bfloat16": 0.8}
+    if name.startswith("vispruner"):  # one token dropped otherwise swaps even and odd for all that follow
+        bars = {"float16": 0.8, "bfloat16": 0.5}
+    assert np.mean(shared) >= bars[kind], shared
 
 
-@pytest.mark.parametrize("name", [name for name in SEEING if "keep_cls" not in name])
+@pytest.mark.parametrize("name", [name for name in SEEING if "keep_cls" not in name and not name.startswith(ORDERED)])
 def test_permuted_tokens_give_the_permuted_choice(name):
     layout = Layout.of_grids((7, 6))
     for seed in range(5):
@@ -142,7 +159,7 @@ def test_permuted_tokens_give_the_permuted_choice(name):
         shuffled = VisionTokens(
             tokens.features[order], layout, tokens.project, tokens.cls_attention[:, order], tokens.keys[order]
         )
-        plan, permuted = get_method(name).compress(tokens, 13), get_method(name).compress(shuffled, 13)
+        plan, permuted = compress(name, tokens, 13), compress(name, shuffled, 13)
         assert order[permuted.rank].tolist() == plan.rank.tolist()
 
 
@@ -188,7 +205,7 @@ def test_a_missing_input_is_named_with_what_to_do_even_when_nothing_is_compresse
 def test_the_projector_runs_only_for_methods_that_look_at_the_language_width():
     for name in MATRIX:
         tokens = image(Layout.of_grids((5, 5)))
-        get_method(name).compress(tokens, 6)
+        compress(name, tokens, 6)
         assert ("embeddings" in tokens.__dict__) == ("embeddings" in get_method(name).needs), name
 
 
@@ -204,7 +221,7 @@ def test_kept_cls_rows_cost_one_of_their_crops_budget_and_never_the_last_patch()
 def test_crops_share_the_budget_in_proportion_to_their_patches():
     layout = Layout.of_grids((6, 6), (3, 6), (6, 3))
     for name in ("uniform", "pool", "prunesid"):
-        plan = get_method(name).compress(image(layout), 24)
+        plan = compress(name, image(layout), 24)
         assert np.bincount(layout.crop[plan.keep]).tolist() == [12, 6, 6]
 
 
@@ -212,11 +229,11 @@ def test_crop_methods_treat_each_crop_as_an_image_of_its_own():
     layout = Layout.of_grids((6, 6), (6, 6))
     tokens = image(layout)
     for name in ("uniform", "prunesid", "prunesid-paper", "prunesid-qwen"):
-        both = get_method(name).compress(tokens, 20).keep
+        both = compress(name, tokens, 20).keep
         for crop, rows in ((0, slice(0, 36)), (1, slice(36, 72))):
             attention = tokens.cls_attention[:, rows]
             alone = VisionTokens(tokens.features[rows], Layout.of_grids((6, 6)), cls_attention=attention)
-            plan = get_method(name).compress(alone, 10)
+            plan = compress(name, alone, 10)
             assert np.array_equal(plan.keep, both[layout.crop[both] == crop] - 36 * crop)
 
 

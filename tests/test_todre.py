@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_tokcomp.methods import get_method, kernels
-from edge_tokcomp.methods.kernels import cosines_to, greedy, settle, top_k, unit_rows
+from edge_tokcomp.methods import get_method, selection
+from edge_tokcomp.methods.kernels import settle, top_k, unit_rows
+from edge_tokcomp.methods.selection import Cosines, greedy
 from edge_tokcomp.tokens import Layout, VisionTokens
 
 FORMS = ["max_sum", "k_center"]
@@ -91,7 +92,7 @@ def test_cls_rows_are_never_chosen():
 def test_the_table_and_the_running_form_choose_the_same(form, monkeypatch):
     tokens = image((20, 20))
     table = get_method("todre", form=form).compress(tokens, 60).rank
-    monkeypatch.setattr(kernels, "_GRAM_ROWS", 0)
+    monkeypatch.setattr(selection, "_GRAM_ROWS", 0)
     running = get_method("todre", form=form).compress(image((20, 20)), 60).rank
     assert np.array_equal(table, running)
 
@@ -102,7 +103,7 @@ def test_cosines_equal_the_definition_in_both_forms():
     unit = unit_rows(rows)
     assert unit.dtype == np.float64
     for steps in (1, 40):
-        got = cosines_to(unit, steps)(np.array([5]))
+        got = Cosines(unit, steps).to(np.array([5]))
         norms = np.linalg.norm(rows, axis=1)
         expected = [0 if i == 3 else rows[i] @ rows[5] / norms[i] / norms[5] for i in range(40)]
         assert np.allclose(got, expected, atol=1e-6)

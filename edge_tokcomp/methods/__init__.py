@@ -12,13 +12,22 @@ from typing import Any
 
 from ..errors import TokcompError, UsageError
 from .base import Candidates, Choice, Merges, Method, Picks, Scores
+from .cdpruner import CDPruner
+from .dart import DART
+from .divprune import DivPrune
+from .holov import HoloV
+from .mmtok import MMTok
 from .none import NoCompression
 from .options import describe_options, match_options, read_options, suggest
 from .pool import Pool
 from .prunesid import PruneSID, PruneSIDPaper, PruneSIDQwen, information_score
 from .random_ import RandomTokens
+from .scope import SCOPE
 from .todre import ToDRE
+from .tome import ToMe
 from .uniform import Uniform
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 __all__ = [
     "METHODS", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "get_method", "information_score",
@@ -36,6 +45,15 @@ METHODS: dict[str, type[Method]] = {
     "prunesid-paper": PruneSIDPaper,
     "prunesid-qwen": PruneSIDQwen,
     "todre": ToDRE,
+    "visionzip": VisionZip,
+    "divprune": DivPrune,
+    "vispruner": VisPruner,
+    "scope": SCOPE,
+    "cdpruner": CDPruner,
+    "dart": DART,
+    "holov": HoloV,
+    "mmtok": MMTok,
+    "tome": ToMe,
 }
 
 

@@ -34,6 +34,7 @@ class Candidates:
     caller's library on the caller's device; the last two are there when the method names them and the tower has them.
     ``grids``: ``(rows, columns)`` of each crop in the view; ``crop (n,)`` and ``cell (n,)`` place a row in them.
     ``budget``: rows the language model gets from this view, a kept CLS included (``k`` counts patches only).
+    ``query (m, d) float32``: the question's tokens at language width, if there is one and the method names it.
     ``random``: seeded PCG64, the same on every backend.
     """
 
@@ -45,6 +46,7 @@ class Candidates:
     random: np.random.Generator
     cls_attention: Array | None = None
     keys: Array | None = None
+    query: Array | None = None
     project: Callable[[], Array] | None = None
 
     def __len__(self) -> int:
@@ -137,8 +139,12 @@ class Method(ABC):
         """Choose ``k`` of ``rows``, where ``1 <= k < len(rows)``."""
 
     @final
-    def compress(self, tokens: VisionTokens, keep: str | int | float, *, seed: int = 0) -> Plan:
+    def compress(
+        self, tokens: VisionTokens, keep: str | int | float, *, seed: int = 0, query: Array | None = None
+    ) -> Plan:
         """The plan that leaves ``keep`` of the image's tokens (int: tokens, float: fraction kept).
+
+        ``query (m, d)``: the question's tokens at language width, for methods that look at the question.
 
         The budget counts everything that enters the language model. Separators are always kept; at least one patch is,
         and a budget too small for both is raised (``stats``: ``keep_asked``, ``keep_raised``). A budget of all tokens
@@ -153,7 +159,7 @@ class Method(ABC):
         if seed < 0:
             raise UsageError(f"seed must be 0 or more, got {seed}")
         wanted = tokens_to_keep(keep, len(layout.uncompressed))
-        inputs = _Inputs(tokens, self)
+        inputs = _Inputs(tokens, self, query)
         separators = np.flatnonzero(layout.protected).astype(np.int64)
         total = max(wanted, len(separators) + 1)
         stats: dict[str, float] = {} if total == wanted else {"keep_asked": wanted, "keep_raised": total}
@@ -218,16 +224,23 @@ class _View:
     cls_rows: Ints
 
 
+_INPUTS = {
+    "cls_attention": "the CLS attention of the vision tower",
+    "keys": "the attention keys of the tower",
+    "query": "the question",
+}
+
+
 class _Inputs:
     """The arrays of one image: checked for presence at once, for their values when they are used."""
 
-    def __init__(self, tokens: VisionTokens, method: Method) -> None:
+    def __init__(self, tokens: VisionTokens, method: Method, query: Array | None) -> None:
         self.tokens = tokens
         self.features = finite_float32("features", tokens.features)
         self.optional: dict[str, Array | None] = {}
-        words = {"cls_attention": "the CLS attention of the vision tower", "keys": "the attention keys of the tower"}
-        for name, wording in words.items():
-            array = getattr(tokens, name)
+        there = {"cls_attention": tokens.cls_attention, "keys": tokens.keys, "query": query}
+        for name, array in there.items():
+            wording = _INPUTS[name]
             if array is None and name in method.needs:
                 raise TokcompError(f"method {method.name} needs {wording}, which is not there: {method.instead}")
             self.optional[name] = None
@@ -252,6 +265,7 @@ class _Inputs:
             random=np.random.Generator(np.random.PCG64([seed, crops[0]])),
             cls_attention=None if attention is None else xp.take(attention, index, axis=1),
             keys=None if keys is None else xp.take(keys, index, axis=0),
+            query=self.optional["query"],
             project=None if self.tokens.project is None else project,
         )
 

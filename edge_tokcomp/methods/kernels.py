@@ -6,7 +6,6 @@ rounding noise, which differs from one BLAS to the next, never breaks a tie. Tie
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
@@ -17,8 +16,6 @@ from numpy.typing import NDArray
 from ..tokens import Array, Ints
 
 _GRID = float(2**36)
-_GRAM_ROWS = 4096
-_STEPS_PER_ROW = 16
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
@@ -40,12 +37,34 @@ def settle(values: Array) -> Array:
     return array_namespace(values).round(values * _GRID) / _GRID
 
 
-def unit_rows(rows: Array) -> Array:
-    """``(N, D)`` rows scaled to length 1, in float64; a zero row stays zero."""
+def unit_rows(rows: Array, *, centred: bool = False) -> Array:
+    """``(N, D)`` rows scaled to length 1, in float64; a zero row stays zero.
+
+    ``centred``: their mean is subtracted first (Cen-Prune). Towers give all rows a large common part, so that plain
+    cosines lie close together and their order says little.
+    """
     xp = array_namespace(rows)
     rows = xp.astype(rows, xp.float64)
+    if centred:
+        rows = _without_noise(rows - xp.mean(rows, axis=0, keepdims=True), rows)
     length = xp.sqrt(xp.sum(rows * rows, axis=1, keepdims=True))
     return rows / xp.where(length > 0, length, xp.ones_like(length))
+
+
+def _without_noise(rows: Array, before: Array) -> Array:
+    """``rows`` with those set to zero that are nothing but rounding errors of ``before``."""
+    xp = array_namespace(rows)
+    large = xp.max(xp.abs(rows), axis=1, keepdims=True) > 1e-12 * xp.max(xp.abs(before))
+    return xp.where(large, rows, xp.zeros_like(rows))
+
+
+def stretched(values: Array) -> Array:
+    """``values (N,)`` moved and scaled to reach from 0 to 1; all 1 where they do not differ."""
+    xp = array_namespace(values)
+    low, high = xp.min(values), xp.max(values)
+    width = high - low
+    differ = width > 1e-12 * xp.max(xp.abs(values))
+    return xp.where(differ, (values - low) / xp.where(differ, width, xp.ones_like(width)), xp.ones_like(values))
 
 
 def gram(rows: Array) -> Array:
@@ -56,41 +75,3 @@ def gram(rows: Array) -> Array:
 def top_k(scores: NDArray[Any], k: int) -> Ints:
     """Indices of the ``k`` highest ``scores (N,)``, highest first, ties to the lower index."""
     return np.argsort(-scores, kind="stable")[:k].astype(np.int64)
-
-
-def cosines_to(unit: Array, steps: int) -> Callable[[Array], Array]:
-    """``chosen (1,) -> (N,)`` cosines of every row to the chosen one, for about ``steps`` calls.
-
-    Many calls on few rows are cheaper from one Gram matrix (N x N), which reads the rows once; otherwise each call is
-    one product with the rows and memory stays O(N).
-    """
-    xp = array_namespace(unit)
-    count = unit.shape[0]
-    if count <= min(_GRAM_ROWS, _STEPS_PER_ROW * steps):
-        table = gram(unit)
-        return lambda chosen: xp.take(table, chosen, axis=0)[0, :]
-    return lambda chosen: unit @ xp.take(unit, chosen, axis=0)[0, :]
-
-
-def greedy(gain: Array, update: Callable[[Array], Array], k: int, first: int | None = None) -> Ints:
-    """Take ``k`` rows one at a time, each time the one with the highest gain; returns them in that order.
-
-    ``gain (N,) float64``: of joining the empty set. ``update(chosen (1,))``: every row's gain once ``chosen`` joined.
-    ``first``: the row to begin with, whatever its gain. Rows already taken are never taken again. The loop waits for
-    the device only at its end.
-    """
-    xp = array_namespace(gain)
-    rows = xp.arange(gain.shape[0], device=array_api_compat.device(gain))
-    never = xp.full_like(gain, -xp.inf)
-    taken = rows < 0
-    picks: list[Array] = []
-    while len(picks) < k:
-        if first is not None and not picks:
-            chosen = rows[first : first + 1]
-        else:
-            chosen = xp.argmax(xp.where(taken, never, settle(gain)), keepdims=True)
-        picks.append(chosen)
-        taken = taken | (rows == chosen)
-        if len(picks) < k:
-            gain = update(chosen)
-    return to_numpy(xp.concat(picks)).astype(np.int64)

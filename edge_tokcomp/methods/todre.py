@@ -9,7 +9,8 @@ import numpy as np
 
 from ..tokens import Array
 from .base import Candidates, Method, Picks
-from .kernels import cosines_to, greedy, settle, to_numpy, unit_rows
+from .kernels import settle, to_numpy, unit_rows
+from .selection import Cosines, farthest
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,9 @@ class ToDRE(Method):
 
     def choose(self, rows: Candidates, k: int) -> Picks:
         """The pivot and ``k - 1`` more, in greedy order."""
-        xp = rows.xp
         unit = unit_rows(rows.embeddings)
-        pivot = self._pivot(rows, unit)
-        cosines = cosines_to(unit, k)
-        joined = xp.add if self.form == "max_sum" else xp.maximum
-        alike = xp.full_like(unit[:, 0], 0.0 if self.form == "max_sum" else -1.0)
-
-        def distance(chosen: Array) -> Array:
-            nonlocal alike
-            alike = joined(alike, cosines(chosen))
-            return -alike
-
-        order = greedy(-alike, distance, k, first=pivot)
+        measure: Literal["max_sum", "max_min"] = "max_sum" if self.form == "max_sum" else "max_min"
+        order = farthest(Cosines(unit, k), k, self._pivot(rows, unit), measure)
         return Picks(order, {"pivot_by_attention": float(rows.cls_attention is not None)})
 
     def _pivot(self, rows: Candidates, unit: Array) -> int:

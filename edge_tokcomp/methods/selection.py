@@ -1,0 +1,164 @@
+"""Greedy selection, the one loop behind most methods, and the gains it is run with.
+
+``greedy`` takes the row of highest gain, again and again. What differs is the gain of a row given those taken:
+
+* ``farthest``: minus its summed (max-sum) or its largest (max-min) cosine to them;
+* ``coverage``: how much better everything is covered, a row covering another as well as it resembles it;
+* ``log_det``: the volume it adds to theirs.
+
+Everything is O(N) a step beside the products named, and waits for the device as little as it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import array_api_compat
+import numpy as np
+from array_api_compat import array_namespace
+
+from ..tokens import Array, Ints
+from .kernels import gram, settle, to_numpy
+
+_GRAM_ROWS = 4096
+_STEPS_PER_ROW = 16
+_BLOCK_ROWS = 512
+_SPENT = 2.0**-30
+"""Volume, of at most 1, below which a row counts as a combination of those taken."""
+
+
+def greedy(gain: Array, update: Callable[[Array], Array], k: int, first: int | None = None) -> Ints:
+    """Take ``k`` rows one at a time, each time the one with the highest gain; returns them in that order.
+
+    ``gain (N,) float64``: of joining the empty set. ``update(chosen (1,))``: every row's gain once ``chosen`` joined.
+    ``first``: the row to begin with, whatever its gain. Rows already taken are never taken again. Gains should be of
+    the order of 1 at most; ties go to the lower index.
+    """
+    xp = array_namespace(gain)
+    rows = xp.arange(gain.shape[0], device=array_api_compat.device(gain))
+    never = xp.full_like(gain, -xp.inf)
+    taken = rows < 0
+    picks: list[Array] = []
+    while len(picks) < k:
+        if first is not None and not picks:
+            chosen = rows[first : first + 1]
+        else:
+            chosen = xp.argmax(xp.where(taken, never, settle(gain)), keepdims=True)
+        picks.append(chosen)
+        taken = taken | (rows == chosen)
+        if len(picks) < k:
+            gain = update(chosen)
+    return to_numpy(xp.concat(picks)).astype(np.int64)
+
+
+class Cosines:
+    """Cosines of ``unit (N, D)``, rows of length 1, to one of them at a time, for about ``steps`` of them.
+
+    Many steps on few rows are cheaper from one Gram matrix (N x N), which reads the rows once; otherwise each step is
+    one product with the rows and memory stays O(N).
+    """
+
+    def __init__(self, unit: Array, steps: int) -> None:
+        self.unit = unit
+        count = unit.shape[0]
+        self.table = gram(unit) if count <= min(_GRAM_ROWS, _STEPS_PER_ROW * steps) else None
+
+    def to(self, chosen: Array) -> Array:
+        """``(N,)`` cosines of every row to the ``chosen (1,)``."""
+        xp = array_namespace(self.unit)
+        if self.table is not None:
+            return xp.take(self.table, chosen, axis=0)[0, :]
+        return self.unit @ xp.take(self.unit, chosen, axis=0)[0, :]
+
+    def nearest(self) -> Array:
+        """``(N,)``: each row's largest cosine to another row; -1 for a single row."""
+        xp = array_namespace(self.unit)
+        count = self.unit.shape[0]
+        columns = xp.arange(count, device=array_api_compat.device(self.unit))
+        best = []
+        for start in range(0, count, _BLOCK_ROWS):
+            block = slice(start, min(start + _BLOCK_ROWS, count))
+            rows = self.unit[block, :]
+            cosine = rows @ xp.matrix_transpose(self.unit) if self.table is None else self.table[block, :]
+            own = columns[block][:, None] == columns[None, :]
+            best.append(xp.max(xp.where(own, -xp.ones_like(cosine), cosine), axis=1))
+        return xp.concat(best)
+
+
+def farthest(
+    cosines: Cosines,
+    k: int,
+    first: int,
+    measure: Literal["max_sum", "max_min"],
+    worth: Callable[[Array], Array] = lambda distance: distance,
+) -> Ints:
+    """``first`` and ``k - 1`` more, each the one least like those taken.
+
+    ``max_sum``: smallest summed cosine. ``max_min``: smallest largest cosine (farthest first, k-center).
+    ``worth``: what to rank by, given the distance: minus the sum, or one minus the largest cosine.
+    """
+    xp = array_namespace(cosines.unit)
+    summing = measure == "max_sum"
+    alike = xp.full_like(cosines.unit[:, 0], 0.0 if summing else -1.0)
+
+    def update(chosen: Array) -> Array:
+        nonlocal alike
+        alike = alike + cosines.to(chosen) if summing else xp.maximum(alike, cosines.to(chosen))
+        return worth(-alike if summing else 1 - alike)
+
+    return greedy(-alike, update, k, first=first)
+
+
+def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
+    """``k`` columns of ``table (R, N)``, 0 or more each, that together cover its rows best, a row as well as its
+    largest entry among them; a column's gain is multiplied by its ``worth (N,)``.
+
+    Gains are kept up to date by what the chosen column takes from the others, on the rows it covers better than
+    before: a row is improved O(log K) times, so all K steps cost about as much as N log K rows of the table.
+    """
+    xp = array_namespace(table)
+    covered = xp.zeros_like(table[:, 0])
+    gain = xp.sum(table, axis=0)
+    scale = xp.max(gain)
+    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+    gain = gain / scale
+    worth = xp.ones_like(gain) if worth is None else worth
+
+    def update(chosen: Array) -> Array:
+        nonlocal gain, covered
+        column = xp.take(table, chosen, axis=1)[:, 0]
+        better = xp.nonzero(column > covered)[0]
+        before, after = xp.take(covered, better)[:, None], xp.take(column, better)[:, None]
+        lost = xp.clip(xp.take(table, better, axis=0), before, after) - before
+        gain = gain - xp.sum(lost, axis=0) / scale
+        covered = xp.maximum(covered, column)
+        return gain * worth
+
+    return greedy(gain * worth, update, k)
+
+
+def log_det(row: Callable[[Array], Array], diagonal: Array, k: int) -> Ints:
+    """``k`` rows that greedily maximise the determinant of their part of a kernel matrix (MAP of a DPP).
+
+    ``row(chosen (1,)) -> (N,)``: a row of the kernel; ``diagonal (N,)``: its diagonal, of the order of 1.
+    The incremental Cholesky form: O(N K) a step beside ``row``. Rows that add no volume come last, in raster order.
+    """
+    xp: Any = array_namespace(diagonal)
+    volume = xp.asarray(diagonal, copy=True)
+    basis = xp.zeros((k, diagonal.shape[0]), dtype=diagonal.dtype, device=array_api_compat.device(diagonal))
+    size = 0
+
+    def update(chosen: Array) -> Array:
+        nonlocal volume, size
+        left = xp.take(volume, chosen)
+        known = basis[:size, :]
+        fresh = row(chosen) - xp.matrix_transpose(known) @ xp.take(known, chosen, axis=1)[:, 0]
+        usable = left > _SPENT
+        fresh = xp.where(usable, fresh / xp.sqrt(xp.where(usable, left, xp.ones_like(left))), xp.zeros_like(fresh))
+        basis[size, :] = fresh
+        size += 1
+        volume = volume - fresh * fresh
+        return xp.where(volume > _SPENT, volume, xp.zeros_like(volume))
+
+    return greedy(xp.where(volume > _SPENT, volume, xp.zeros_like(volume)), update, k)
