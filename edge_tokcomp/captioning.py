@@ -325,7 +325,7 @@ class _Job:
     def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
         image = open_image(data, max_pixels=self.vlm.max_pixels)
         reading = (time.perf_counter() - started) * 1e3
-        encoded = self.vlm.encode(image)
+        encoded = self.vlm.encode(image, parameters.prompt)
         encoded.timings_ms["decode"] += reading
         answer = self.vlm.answer(encoded, parameters.prompt, max_tokens=parameters.max_tokens)
         return replace(

@@ -108,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = _verb(verbs, "inspect", "draw the kept tokens over a picture")
     inspect.add_argument("image", metavar="IMAGE")
     inspect.add_argument("--out", metavar="FILE.png", required=True)
+    inspect.add_argument("--question", metavar="TEXT", help="what is asked, for methods that look at the question "
+                         "(default: to describe the image)")  # fmt: skip
     _model_options(inspect)
 
     evaluate = _verb(verbs, "eval", "score a method on the demo tasks")
@@ -123,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     compress = _verb(verbs, "compress", "run a method on arrays of your own")
     compress.add_argument("features", metavar="FEATURES.npz", help="features (N,D); optionally embeddings (N,d), "
-                          "cls_attention (heads,N), keys (N,Dk), grid (2,)")  # fmt: skip
+                          "cls_attention (heads,N), keys (N,Dk), query (m,d), grid (2,)")  # fmt: skip
     compress.add_argument("--method", required=True)
     compress.add_argument("--keep", required=True, metavar="K")
     compress.add_argument("--seed", type=int, default=0)

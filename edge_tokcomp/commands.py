@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .sources import Source
     from .vlm import VLM
 
-_FEATURE_ARRAYS = ("features", "embeddings", "cls_attention", "keys", "grid")
+_FEATURE_ARRAYS = ("features", "embeddings", "cls_attention", "keys", "query", "grid")
 _FEATURE_BYTES = 4 << 30
 """Most bytes a file of ``compress`` may unpack to."""
 
@@ -165,7 +165,7 @@ def ask(options: argparse.Namespace) -> int:
     """Answer one question, streaming."""
     image = _open(options)
     with _load(options) as vlm:
-        encoded = vlm.encode(image)
+        encoded = vlm.encode(image, options.question)
         print(f"image tokens {encoded.plan}, method {vlm.method}", file=sys.stderr)  # noqa: T201
         for piece in vlm.ask(encoded, options.question, stream=True, max_tokens=options.max_tokens):
             print(piece, end="", flush=True)  # noqa: T201
@@ -176,12 +176,13 @@ def ask(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     """Draw the plan over the picture."""
     from .overlay import draw_overlay
+    from .vlm import CAPTION_PROMPT
 
     image = _open(options)
     if Path(options.out).exists() and Path(options.out).samefile(options.image):
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
-        encoded = vlm.encode(image)
+        encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
         pixels = vlm.family.preprocess(encoded.image.picture, vlm.spec)
         label = f"{vlm.method}  {encoded.plan}"
         picture = draw_overlay(pixels, vlm.spec, encoded.tokens.layout, encoded.plan, label)
@@ -224,7 +225,8 @@ def methods(options: argparse.Namespace) -> int:
 def compress(options: argparse.Namespace) -> int:
     """Run a method on the arrays of a file."""
     method = get_method(options.method)
-    plan = method.compress(_read_features(Path(options.features)), options.keep, seed=options.seed)
+    tokens, query = _read_features(Path(options.features))
+    plan = method.compress(tokens, options.keep, seed=options.seed, query=query)
     try:
         plan.save(options.out)
     except OSError as fault:
@@ -243,8 +245,8 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_features(path: Path) -> VisionTokens:
-    """The arrays of ``compress``. N = rows x columns + 1 means that row 0 is the CLS row."""
+def _read_features(path: Path) -> tuple[VisionTokens, NDArray[np.generic] | None]:
+    """The arrays of ``compress``, the question's apart. N = rows x columns + 1 means that row 0 is the CLS row."""
     try:
         arrays = _read_arrays(path)
     except (
@@ -262,14 +264,18 @@ def _read_features(path: Path) -> VisionTokens:
     rows, columns = _grid(path, grid_array, count)
     if embeddings is not None and len(embeddings) != count:
         raise UsageError(f"{path}: embeddings {embeddings.shape} must be ({count}, d)")
+    query, width = arrays.get("query"), (features if embeddings is None else embeddings).shape[1]
+    if query is not None and query.shape[1] != width:
+        raise UsageError(f"{path}: query {query.shape} must be (m, {width}), as wide as the embeddings")
     try:
-        return VisionTokens(
+        tokens = VisionTokens(
             features,
             Layout.of_grids((rows, columns), cls_rows=rows * columns == count - 1),
             None if embeddings is None else lambda _rows: embeddings,
             arrays.get("cls_attention"),
             arrays.get("keys"),
         )
+        return tokens, query
     except ValueError as fault:
         raise UsageError(f"{path}: {fault}") from fault
 

@@ -48,6 +48,8 @@ _PREFIX, _ANSWER = 0, 1
 class EncodedImage:
     """A picture encoded and compressed: ask as often as you like, the tower runs once.
 
+    ``method``, ``keep``: how it was compressed; ``question``: for what, if the method looks at the question, else None.
+    Asked another question, such a picture is compressed anew.
     ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included.
     ``parts``: that text, and crop numbers where a crop's rows go. ``timings_ms``: ``decode`` (file to pixels),
     ``preprocess``, ``encode`` (tower), ``compress`` (selection and projector).
@@ -59,6 +61,9 @@ class EncodedImage:
     rows: NDArray[np.float32]
     parts: tuple[str | int, ...]
     timings_ms: dict[str, float]
+    method: Method
+    keep: int | float
+    question: str | None
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,16 @@ class VLM:
             self._streaming: Generator[str, None, None] | None = None
             self._stack = stack.pop_all()
 
-    def encode(self, picture: Picture) -> EncodedImage:
+    def encode(self, picture: Picture, question: str = CAPTION_PROMPT) -> EncodedImage:
         """Decode, preprocess, run the tower, choose what to keep, project it.
 
+        ``question``: what will be asked, for methods that keep what matters to it.
         Raises ``ImageError`` for a picture that cannot be read.
         """
         if isinstance(picture, EncodedImage):
-            return picture
+            if picture.question in (None, question):
+                return picture
+            return self.compress(picture, picture.method, picture.keep, question)
         clock = _Clock()
         image = self._open(picture)
         clock.stop("decode")
@@ -170,28 +178,39 @@ class VLM:
         clock.stop("preprocess")
         tokens = self._tokens(pixels)
         clock.stop("encode")
-        return self._compressed(image, tokens, self.family.prompt(pixels), clock.times, self.method, self.keep)
+        parts = self.family.prompt(pixels)
+        return self._compressed(image, tokens, parts, clock.times, self.method, self.keep, question)
 
-    def compress(self, encoded: EncodedImage, method: Method, keep: int | float) -> EncodedImage:
+    def compress(
+        self, encoded: EncodedImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
+    ) -> EncodedImage:
         """The same encoded picture under another method and budget."""
-        return self._compressed(encoded.image, encoded.tokens, encoded.parts, encoded.timings_ms, method, keep)
+        return self._compressed(
+            encoded.image, encoded.tokens, encoded.parts, encoded.timings_ms, method, keep, question
+        )  # fmt: skip
 
     def _compressed(
         self, image: Image, tokens: VisionTokens, parts: tuple[str | int, ...], times: Mapping[str, float],
-        method: Method, keep: int | float,
+        method: Method, keep: int | float, question: str,
     ) -> EncodedImage:  # fmt: skip
         clock = _Clock()
+        asked = "query" in method.needs | method.wants
+        query = self._embedded(question) if asked else None
         with self._pools.limit(limits=self._threads, user_api="blas"):
-            plan = method.compress(tokens, keep, seed=self.seed)
+            plan = method.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         crop = tokens.layout.crop[plan.keep]
         rows = np.concatenate([
-            kept[crop == part] if isinstance(part, int)
-            else self.embedding.lookup(self.model.tokenize(part, add_special=False, parse_special=True))
-            for part in parts
+            kept[crop == part] if isinstance(part, int) else self._embedded(part) for part in parts
         ])  # fmt: skip
         clock.stop("compress")
-        return EncodedImage(image, tokens, plan, rows, parts, {**times, **clock.times})
+        return EncodedImage(
+            image, tokens, plan, rows, parts, {**times, **clock.times}, method, keep, question if asked else None
+        )
+
+    def _embedded(self, text: str) -> NDArray[np.float32]:
+        """``(n, width)``: the rows the language model's own table holds for ``text``."""
+        return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=True))
 
     @overload
     def caption(self, picture: Picture, *, stream: Literal[False] = ..., **options: Any) -> str: ...
@@ -222,7 +241,7 @@ class VLM:
         The image's rows stay in the language model until another image is asked about, so a further question about
         the same ``EncodedImage`` costs its own tokens only.
         """
-        encoded = self._encode_all(picture)
+        encoded = self._encode_all(picture, question)
         rows, prefill = self._prompt(encoded, question)
         try:
             generation = self._generate(rows, sampling, max_tokens, stop)
@@ -284,11 +303,11 @@ class VLM:
             None if attention is None else np.concatenate(list(attention), axis=-1),
         )
 
-    def _encode_all(self, picture: Picture) -> list[EncodedImage]:
+    def _encode_all(self, picture: Picture, question: str) -> list[EncodedImage]:
         pictures = picture if isinstance(picture, (list, tuple)) else [picture]
         if not pictures:
             raise UsageError("an empty list holds no picture to ask about")
-        return [self.encode(each) for each in pictures]
+        return [self.encode(each, question) for each in pictures]
 
     def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
         """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
@@ -333,7 +352,7 @@ class VLM:
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        rows, _ = self._prompt(self._encode_all(picture), question)
+        rows, _ = self._prompt(self._encode_all(picture, question), question)
 
         def run() -> Generator[str, None, None]:
             try:

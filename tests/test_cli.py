@@ -234,8 +234,11 @@ def test_compress_runs_a_method_on_arrays(tmp_path: Path, capsys: Captured) -> N
         ({"features": features.astype(np.float16), "grid": np.array([4, 9])}, 36),
         ({"features": with_cls, "cls_attention": attention}, 37),
         ({"features": features, "embeddings": features * 2, "keys": features[:, :3]}, 36),
+        ({"features": features, "embeddings": features[:, :5], "query": features[:3, :5]}, 36),
     ]  # fmt: skip
     for arrays, total in cases:
+        if "query" in arrays:
+            assert compress(tmp_path, arrays, "--method", "cdpruner") == 0
         for method in ("prunesid" if "cls_attention" in arrays else "prunesid-paper", "todre", "uniform", "pool"):
             assert compress(tmp_path, arrays, "--method", method) == 0
             plan = Plan.load(tmp_path / "plan.npz")
@@ -254,6 +257,7 @@ def test_compress_refuses_arrays_that_do_not_fit(tmp_path: Path, capsys: Capture
         "grid 5 x 5 does not hold 36 rows": {"features": good, "grid": np.array([5, 5])},
         "embeddings (35, 8)": {"features": good, "embeddings": good[:35]},
         "cls_attention (4, 35)": {"features": good, "cls_attention": np.ones((4, 35), np.float32)},
+        "query (36, 8) must be (m, 5)": {"features": good, "embeddings": good[:, :5], "query": good},
         "has the wrong type": {"features": np.array([[object()]])},
         "not finite": {"features": good * np.nan},
     }

@@ -92,6 +92,22 @@ def test_asking_again_about_an_encoded_image_equals_asking_afresh(vlm: VLM) -> N
     assert vlm.encode(one) is one
 
 
+def test_a_method_that_looks_at_the_question_compresses_anew_for_each(vlm: VLM) -> None:
+    blind = vlm.compress(vlm.encode(scene(4)), get_method("divprune"), 9, "is the cat red")
+    assert blind.question is None
+    assert vlm.encode(blind, "what is this") is blind
+    seeing = vlm.compress(vlm.encode(scene(4)), get_method("cdpruner"), 9, "is the cat red")
+    assert seeing.question == "is the cat red"
+    assert vlm.encode(seeing, "is the cat red") is seeing
+    words = vlm.embedding.lookup(vlm.model.tokenize("what is this", add_special=False, parse_special=True))
+    expected = get_method("cdpruner").compress(seeing.tokens, 9, query=words)
+    answer = vlm.answer(seeing, "what is this", **SHORT)
+    assert answer.images[0].plan.rank.tolist() == expected.rank.tolist()
+    assert answer.images[0].question == "what is this"
+    assert answer.tokens_after == 9
+    assert seeing.plan.rank.tolist() != expected.rank.tolist()
+
+
 def test_a_further_question_does_not_decode_the_image_again(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     plain = vlm._decode_prefix
