@@ -32,7 +32,7 @@ def read_options(method: str, text: str) -> dict[str, Any]:
             raise UsageError(f"method option {part.strip()!r} is not NAME=VALUE; write {method}:NAME=VALUE,NAME=VALUE")
         if name in options:
             raise UsageError(f"method option {name!r} stands twice in {method}:{text}")
-        options[name] = _value(value)
+        options[name] = read_value(value)
     return options
 
 
@@ -64,7 +64,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """``text`` as the number, truth value or None it spells, else itself."""
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -82,6 +83,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in get_args(hint))
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = get_args(hint)
+        kinds = each[:1] * len(value) if each[1:] == (...,) else each
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
     if hint is bool:
         return isinstance(value, bool)
     if hint is int:

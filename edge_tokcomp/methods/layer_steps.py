@@ -1,0 +1,182 @@
+"""The layer steps: FastV, PyramidDrop, ToDRE's stage II and LUVC's spectrum pruning; reading them from text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from ..tokens import Ints
+from .layer_step import LayerState, LayerStep, highest, rows_of
+from .options import match_options, read_value, suggest
+
+
+@dataclass(frozen=True)
+class FastV(LayerStep):
+    """The rows that the last token looks at most; the amount is the share of the rows that entered.
+
+    The released code; the paper speaks of the attention a row receives on average.
+    """
+
+    at: tuple[tuple[int | float, float], ...] = ((2, 0.5),)
+
+    name: ClassVar[str] = "fastv"
+    title: ClassVar[str] = "FastV"
+    source: ClassVar[str] = "ECCV 2024, released code"
+    amount: ClassVar[str] = "share of the image rows kept"
+    attention: ClassVar[Literal["none", "previous", "next"]] = "previous"
+
+    def choose(self, state: LayerState, amount: float) -> Ints:
+        """By the last text row's attention."""
+        return highest(_last_row(state), rows_of(amount, state.entered))
+
+
+@dataclass(frozen=True)
+class PyramidDrop(LayerStep):
+    """At each of its layers the share ``amount`` of the rows left: those the question's last token looks at most."""
+
+    at: tuple[tuple[int | float, float], ...] = ((0.25, 0.5), (0.5, 0.5), (0.75, 0.5))
+
+    name: ClassVar[str] = "pyramid"
+    title: ClassVar[str] = "PyramidDrop"
+    source: ClassVar[str] = "CVPR 2025, released code"
+    amount: ClassVar[str] = "share of the rows left that is kept"
+    attention: ClassVar[Literal["none", "previous", "next"]] = "next"
+
+    def choose(self, state: LayerState, amount: float) -> Ints:
+        """By the last text row's attention in the layer that follows."""
+        return highest(_last_row(state), rows_of(amount, len(state)))
+
+
+@dataclass(frozen=True)
+class InformationMigration(LayerStep):
+    """ToDRE stage II: once the text's share of attention to the image falls below the amount, all image rows go.
+
+    The share is the attention of the text rows to the image over their attention to everything. The paper's second
+    condition, the image's attention to the text, holds always where the image stands before the text and is causal.
+    """
+
+    at: tuple[tuple[int | float, float], ...] = ((0.875, 0.1),)
+
+    name: ClassVar[str] = "todre"
+    title: ClassVar[str] = "ToDRE stage II"
+    source: ClassVar[str] = "arXiv 2505.18757 v2, section on stage II"
+    amount: ClassVar[str] = "share of the text's attention below which the image goes"
+    attention: ClassVar[Literal["none", "previous", "next"]] = "next"
+
+    def choose(self, state: LayerState, amount: float) -> Ints:
+        """All or nothing."""
+        return np.arange(0 if image_share(state) < amount else len(state), dtype=np.int64)
+
+
+def image_share(state: LayerState) -> float:
+    """Attention of the text rows to the image rows, as a share of all they give."""
+    given = _attention(state)
+    whole = float(given.sum())
+    return float(given[:, state.image].sum()) / whole if whole > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Spectrum(LayerStep):
+    """LUVC's spectrum pruning: the rows with most energy left after a low-pass filter along the image; no attention.
+
+    The amount is the share of the rows that entered; 0 drops the image. From the paper (abstract): a low-pass filter,
+    neither attention nor similarity, a cascade over layers that ends with no image rows. Ours, since the full text was
+    not to be had: the filter acts along the rows of a crop, keeps the share ``cutoff`` of the frequencies (at least
+    two: the constant alone makes all rows equal), on rows ``mirrored`` at the ends (a periodic filter spills the first
+    row's energy into the last) and ``scaled`` to the same length (a few rows of huge norm would hold all the energy).
+    """
+
+    at: tuple[tuple[int | float, float], ...] = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.0))
+    cutoff: float = 0.25
+    mirrored: bool = True
+    scaled: bool = True
+
+    name: ClassVar[str] = "spectrum"
+    title: ClassVar[str] = "LUVC-style spectrum pruning"
+    source: ClassVar[str] = "arXiv 2512.09010, abstract; the filter is a reconstruction"
+    amount: ClassVar[str] = "share of the image rows kept, 0 for none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.cutoff <= 1:
+            raise UsageError(f"spectrum: cutoff must be above 0 and at most 1, got {self.cutoff}")
+
+    def choose(self, state: LayerState, amount: float) -> Ints:
+        """By energy after the filter, over all crops."""
+        energy = np.empty(len(state))
+        for crop in np.unique(state.crop):
+            mine = state.crop == crop
+            energy[mine] = self.energy(state.hidden[mine])
+        return highest(energy, rows_of(amount, state.entered))
+
+    def energy(self, hidden: NDArray[np.float32]) -> NDArray[np.float64]:
+        """``(n,)``: energy of each row of one crop after the filter."""
+        rows = hidden.astype(np.float64)
+        if self.scaled:
+            size = np.sqrt(np.mean(rows * rows, axis=1, keepdims=True))
+            rows = rows / np.where(size > 0, size, 1)
+        count = len(rows)
+        if self.mirrored:
+            rows = np.concatenate([rows, rows[::-1]])
+        spectrum = np.fft.rfft(rows, axis=0)
+        spectrum[max(2, int(self.cutoff * (len(rows) // 2 + 1))) :] = 0
+        low = np.fft.irfft(spectrum, len(rows), axis=0)[:count]
+        return np.asarray(np.round((low * low).mean(axis=1), 10))
+
+
+LAYER_STEPS: dict[str, type[LayerStep]] = {
+    step.name: step for step in (Spectrum, InformationMigration, FastV, PyramidDrop)
+}
+
+
+def read_layer_step(text: str) -> LayerStep:
+    """The step written as ``NAME@LAYER:AMOUNT,LAYER:AMOUNT,OPTION=VALUE``.
+
+    Layers before one amount share it: ``pyramid@8,16,24:0.5``. A name alone takes the step's own layers.
+    Raises ``UsageError`` for what cannot be read, with what can.
+    """
+    name, sign, rest = (part.strip() for part in text.partition("@"))
+    if name not in LAYER_STEPS:
+        raise UsageError(
+            f"unknown layer step {name!r}{suggest(name, LAYER_STEPS)}; layer steps: {', '.join(LAYER_STEPS)}"
+        )
+    cls = LAYER_STEPS[name]
+    at: list[tuple[int | float, float]] = []
+    waiting: list[int | float] = []
+    options: dict[str, Any] = {}
+    for part in (piece.strip() for piece in rest.split(",")) if sign else ():
+        key, equals, value = part.partition("=")
+        if equals:
+            options[key.strip()] = read_value(value.strip())
+            continue
+        layer, colon, amount = part.partition(":")
+        waiting.append(_number(text, layer))
+        if colon:
+            at += [(each, float(_number(text, amount))) for each in waiting]
+            waiting = []
+    if waiting:
+        raise UsageError(f"layer step {text!r}: layer {waiting[-1]} has no amount; write {name}@LAYER:AMOUNT")
+    settings = match_options(cls, options)
+    return cls(**({"at": tuple(at)} if at else {}) | settings)
+
+
+def _number(text: str, part: str) -> int | float:
+    value = read_value(part.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"layer step {text!r}: {part.strip()!r} is not a number; write NAME@LAYER:AMOUNT")
+    return value
+
+
+def _attention(state: LayerState) -> NDArray[np.float64]:
+    if state.attention is None:
+        raise ValueError("the step needs attention")
+    return state.attention.astype(np.float64)
+
+
+def _last_row(state: LayerState) -> NDArray[np.float64]:
+    """``(n,)``: the last text row's attention to the image rows."""
+    return np.asarray(_attention(state)[-1][state.image])
