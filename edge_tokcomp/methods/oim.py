@@ -1,0 +1,112 @@
+"""LUVC's Orthogonal Iterative Merger: neighbours on the grid merge, along rows and then along columns, and again.
+
+From the paper (arXiv 2512.09010, abstract): merging inside the vision tower, iterative, orthogonal in the spatial axes,
+a two-dimensional structure kept. Ours, since the full text was not to be had: only adjacent cells merge; every line
+merges the same number of pairs, so that the grid stays a rectangle; pairs are taken greedily by the cosine of their
+attention keys; a merged cell is the mean of all it stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tokens import Ints
+from .kernels import settle
+
+Sharing = Literal["per-line", "shared"]
+
+
+@dataclass(frozen=True, eq=False)
+class MergedGrid:
+    """A grid of tokens on the way through the merger.
+
+    ``features (H, W, D)``, ``keys (H, W, Dk)``: what is merged, and what pairs are judged by. ``size (H, W) int64``:
+    original cells each stands for. ``owner (N,) int64``: the cell, in raster order, that each original cell is now in.
+    """
+
+    features: NDArray[np.float32]
+    keys: NDArray[np.float32]
+    size: Ints
+    owner: Ints
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32], keys: NDArray[np.float32]) -> MergedGrid:
+        """Nothing merged yet; raises ``ValueError`` unless both are ``(H, W, ...)`` of one grid."""
+        if features.ndim != 3 or keys.ndim != 3 or features.shape[:2] != keys.shape[:2]:
+            raise ValueError(f"features {features.shape} and keys {keys.shape} must be (H, W, D) of one grid")
+        height, width = features.shape[:2]
+        return cls(features, keys, np.ones((height, width), np.int64), np.arange(height * width))
+
+    @property
+    def weight(self) -> NDArray[np.float64]:
+        """``(N,)``: each original cell's share in the cell it is in."""
+        return np.asarray(1.0 / self.size.ravel()[self.owner])
+
+    def merge_rows(self, pairs: int, sharing: Sharing = "per-line") -> MergedGrid:
+        """Merge ``pairs`` disjoint neighbours in every row: width shrinks by ``pairs``.
+
+        ``per-line``: each row its own pairs, which shears columns by up to ``pairs`` cells. ``shared``: the same pairs
+        of columns in all rows, by their summed cosine. At most ``most_pairs`` of a line can be asked for, what greedy
+        choice is sure to find; ``ValueError`` for more.
+        """
+        height, width = self.size.shape
+        if not 0 <= pairs <= most_pairs(width):
+            raise ValueError(f"{pairs} pairs of a line of {width}: 0 to {most_pairs(width)} can be merged")
+        joined = _joined(self.keys, pairs, sharing)
+        into = np.arange(width) - np.cumsum(joined, axis=1)  # (H, W): the new column of each cell
+        cell = np.arange(height)[:, None] * (width - pairs) + into
+        size = np.bincount(cell.ravel(), self.size.ravel(), height * (width - pairs)).astype(np.int64)
+        shape = (height, width - pairs)
+        return MergedGrid(
+            _means(self.features, self.size, cell, size).reshape(*shape, -1),
+            _means(self.keys, self.size, cell, size).reshape(*shape, -1),
+            size.reshape(shape),
+            cell.ravel()[self.owner],
+        )
+
+    def merge_columns(self, pairs: int, sharing: Sharing = "per-line") -> MergedGrid:
+        """The same along columns: height shrinks by ``pairs``."""
+        return self._turned().merge_rows(pairs, sharing)._turned()
+
+    def _turned(self) -> MergedGrid:
+        """Rows for columns; ``owner`` still speaks of the original cells in their order."""
+        height, width = self.size.shape
+        row, column = np.divmod(self.owner, width)
+        return MergedGrid(
+            self.features.swapaxes(0, 1), self.keys.swapaxes(0, 1), self.size.T, column * height + row
+        )  # fmt: skip
+
+
+def most_pairs(length: int) -> int:
+    """Disjoint neighbours that greedy choice finds for certain in a line of ``length``."""
+    return -(-(length - 1) // 3)
+
+
+def _joined(keys: NDArray[np.float32], pairs: int, sharing: Sharing) -> NDArray[np.int64]:
+    """``(H, W)``: 1 for the cells that join the one to their left."""
+    height, width = keys.shape[:2]
+    rows = keys.astype(np.float64)
+    length = np.linalg.norm(rows, axis=2, keepdims=True)
+    unit = rows / np.where(length > 0, length, 1)
+    alike = np.sum(unit[:, :-1] * unit[:, 1:], axis=2)
+    if sharing == "shared":
+        alike = np.mean(alike, axis=0, keepdims=True)
+    alike = settle(alike)
+    joined = np.zeros((len(alike), width), np.int64)
+    lines, offsets = np.arange(len(alike)), np.arange(width - 1)
+    for _ in range(pairs):
+        best = np.argmax(alike, axis=1)
+        joined[lines, best + 1] = 1
+        alike = np.where(np.abs(offsets - best[:, None]) <= 1, -np.inf, alike)
+    return np.broadcast_to(joined, (height, width))
+
+
+def _means(values: NDArray[np.float32], size: Ints, cell: Ints, total: Ints) -> NDArray[np.float32]:
+    """``(cells, D)``: size-weighted means of ``values (H, W, D)`` by their new ``cell (H, W)``."""
+    summed = np.zeros((len(total), values.shape[2]))
+    np.add.at(summed, cell.ravel(), values.reshape(-1, values.shape[2]) * size.reshape(-1, 1).astype(np.float64))
+    return (summed / total[:, None]).astype(np.float32)
