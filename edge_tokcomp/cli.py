@@ -118,6 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--wrong-image", action="store_true", help="show the model another scene than it is asked about"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    evaluate.add_argument("--matrix", metavar="DIR", help="score many methods at many budgets instead; table, figure "
+                          "and numbers go to DIR")  # fmt: skip
+    evaluate.add_argument("--methods", nargs="+", metavar="METHOD", help="methods of the matrix (default: all)")
+    evaluate.add_argument(
+        "--keeps", nargs="+", type=int, metavar="K", help="its budgets (default: 288 192 128 64 32 16)"
+    )
     _model_options(evaluate)
 
     methods = _verb(verbs, "methods", "list the compression methods and their options")

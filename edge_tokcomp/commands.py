@@ -200,9 +200,42 @@ def eval(options: argparse.Namespace) -> int:
 
     if options.scenes < 1:
         raise UsageError(f"--scenes {options.scenes} is not a positive number")
+    if options.matrix is not None:
+        return _eval_matrix(options)
+    if options.methods or options.keeps:
+        raise UsageError("--methods and --keeps belong to --matrix DIR; write --method and --keep for one run")
     with _load(options) as vlm:
         result = evaluate(vlm, scenes=options.scenes, seed=options.seed, wrong_image=options.wrong_image)
     print(json.dumps(result) if options.json else report(result))  # noqa: T201
+    return 0
+
+
+def _eval_matrix(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .matrix import DEFAULT_KEEPS, DEFAULT_METHODS, run_matrix, write_report
+
+    if options.method is not None or options.keep is not None or options.wrong_image or options.json:
+        raise UsageError(
+            "--matrix DIR takes --methods and --keeps; --method, --keep, --wrong-image and --json do not go with it"
+        )
+    names, keeps = options.methods or DEFAULT_METHODS, options.keeps or DEFAULT_KEEPS
+    if min(keeps) < 1:
+        raise UsageError(f"--keeps {min(keeps)} leaves no token")
+    for name in names:
+        get_method(name)
+    command = f"edge-tokcomp eval --scenes {options.scenes} --seed {options.seed} --matrix {options.matrix}"
+    for flag, values in (("--methods", options.methods), ("--keeps", options.keeps)):
+        command += f" {flag} {' '.join(map(str, values))}" if values else ""
+    with _load(options) as vlm, tqdm(total=options.scenes, unit="scene", file=sys.stderr) as bar:
+        document = run_matrix(
+            vlm, names, keeps, scenes=options.scenes, seed=options.seed, told=lambda done: bar.update(done - bar.n)
+        )  # fmt: skip
+    try:
+        paths = write_report(document, command, Path(options.matrix))
+    except OSError as fault:
+        raise UsageError(f"--matrix {options.matrix}: cannot be written ({fault.strerror or fault})") from fault
+    print(", ".join(map(str, paths)), file=sys.stderr)  # noqa: T201
     return 0
 
 

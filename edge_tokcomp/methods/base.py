@@ -21,7 +21,7 @@ from ..budget import share, tokens_to_keep
 from ..errors import TokcompError, UsageError
 from ..tokens import Array, Ints, Plan, Role, VisionTokens
 from .kernels import like, to_numpy, top_k
-from .options import check_options
+from .options import check_options, spell
 
 Stats = Mapping[str, float]
 
@@ -127,7 +127,7 @@ class Method(ABC):
     def __str__(self) -> str:
         """The text that ``get_method`` reads back: name and options that differ from their defaults."""
         values = {f.name.rstrip("_"): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return self.name + ":" * bool(values) + ",".join(f"{name}={value}" for name, value in values.items())
+        return self.name + ":" * bool(values) + ",".join(f"{name}={spell(value)}" for name, value in values.items())
 
     @property
     def needs(self) -> frozenset[str]:

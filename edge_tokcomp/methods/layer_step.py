@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..tokens import Ints
-from .options import check_options
+from .options import check_options, spell
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class LayerStep(ABC):
 
     def __str__(self) -> str:
         """The text that ``read_layer_step`` reads back."""
-        settings = "".join(f",{name}={value}" for name, value in self._settings())
+        settings = "".join(f",{name}={spell(value)}" for name, value in self._settings())
         return f"{self.name}@" + ",".join(f"{layer}:{amount:g}" for layer, amount in self.at) + settings
 
     def _settings(self) -> Iterator[tuple[str, Any]]:

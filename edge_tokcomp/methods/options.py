@@ -77,6 +77,11 @@ def read_value(text: str) -> Any:
     return text
 
 
+def spell(value: Any) -> str:
+    """``value`` as ``read_value`` reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin is Literal:
