@@ -15,8 +15,14 @@ from .errors import TokcompError
 from .methods import Method, get_method
 from .vlm import VLM
 
-EVAL_SEED = 9000
-"""First word of every test scene's seed; training and tuning draw from others."""
+EVAL_SEED, ASK_SEED = 9000, 9001
+"""First word of every test scene's seed, and of its questions'; training and tuning draw from others.
+
+Two streams: drawn from one, a scene's brightness and its first answer would be the same number.
+"""
+
+PLACED = ("place", "placed caption")
+"""Scored beside the tasks, and in no mean: where a thing is, and caption F1 that counts a thing only at its place."""
 
 RESAMPLES = 2000
 
@@ -42,7 +48,8 @@ def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False)
 
     ``wrong_image`` encodes another scene than the questions are about: what is left is what the text alone gives.
     Returns ``method, keep, scenes, seed, tokens, seconds`` and ``tasks: {name: {score, low, high, n}}``, the bounds a
-    95 % bootstrap interval; for a compressing method also ``none`` and ``difference`` with its paired interval.
+    95 % bootstrap interval, ``n`` the scenes asked (several questions on one count as their mean); for a compressing
+    method also ``none`` and ``difference`` with its paired interval.
     """
     started = time.perf_counter()
     arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep)] if vlm.method.compresses else [])
@@ -69,28 +76,28 @@ def score_arms(
 ) -> tuple[list[Scores], list[float]]:  # fmt: skip
     """Score every arm on the same scenes, each encoded once; also the mean number of image tokens of each arm."""
     try:
-        from .export.demo.questions import TASKS, ask_all, object_f1
+        from .export.demo.questions import TASKS, ask_all, object_f1, placed_f1
         from .export.demo.scenes import draw_scene
 
         draw_scene((EVAL_SEED, seed, 0), "test")
     except ImportError as fault:
         raise TokcompError(f"scoring needs scikit-learn ({fault}); pip install 'edge-tokcomp[eval]'") from fault
-    sums = [{task: np.zeros((scenes, 2)) for task in TASKS} for _ in arms]
+    sums = [{task: np.zeros((scenes, 2)) for task in (*TASKS, *PLACED)} for _ in arms]
     tokens = np.zeros(len(arms))
     for index in range(scenes):
         scene = draw_scene((EVAL_SEED, seed, index), "test")
         shown = draw_scene((EVAL_SEED, seed, index + scenes), "test") if wrong_image else scene
-        questions = ask_all(scene, np.random.default_rng((EVAL_SEED, seed, index)), vary=False)
+        questions = ask_all(scene, np.random.default_rng((ASK_SEED, seed, index)), vary=False)
         encoded = vlm.encode(shown.image)
         for number, arm in enumerate(arms):
             compressed = vlm.compress(encoded, arm.method, arm.keep)
             tokens[number] += len(compressed.plan)
             for question in questions:
-                if question.task not in TASKS:
-                    continue
                 text = vlm.answer(compressed, question.text, max_tokens=160).text
                 right = object_f1(text, scene) if question.task == "caption" else float(_same(text, question.answer))
                 sums[number][question.task][index] += (right, 1)
+                if question.task == "caption":
+                    sums[number]["placed caption"][index] += (placed_f1(text, scene), 1)
         if told:
             told(index + 1)
     with np.errstate(invalid="ignore"):
@@ -102,7 +109,11 @@ def summarise(scores: NDArray[np.float64]) -> dict[str, float]:
     asked = scores[~np.isnan(scores)]
     if not len(asked):
         return {"score": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
-    low, high = np.percentile(_resample(asked), [2.5, 97.5])
+    if np.all(asked == asked[0]) and asked[0] in (0, 1):  # nothing to resample: Wilson's interval
+        reach = 1.96**2 / (len(asked) + 1.96**2)
+        low, high = (1 - reach, 1.0) if asked[0] else (0.0, reach)
+    else:
+        low, high = np.percentile(_resample(asked), [2.5, 97.5])
     return {
         "score": round(float(asked.mean()), 4),
         "low": round(float(low), 4),

@@ -1,8 +1,90 @@
 from __future__ import annotations
 
-import numpy as np
+import json
+from types import SimpleNamespace
+from typing import Any
 
-from edge_tokcomp.evaluation import paired, report, summarise
+import numpy as np
+import pytest
+
+from edge_tokcomp.cli import main
+from edge_tokcomp.evaluation import ASK_SEED, EVAL_SEED, evaluate, paired, report, summarise
+from edge_tokcomp.export.demo.questions import ask_all
+from edge_tokcomp.export.demo.scenes import draw_scene
+from edge_tokcomp.methods import get_method
+
+
+class Scripted:
+    """Answers by the book from the plain picture, and always "yes" from a compressed one."""
+
+    def __init__(self, method: str, keep: int | float, *, talkative: bool = False) -> None:
+        self.method, self.keep, self.talkative = get_method(method), keep, talkative
+        self.lm, self.precision = SimpleNamespace(name="scripted"), "fp32"
+        self.shown = -1
+
+    def encode(self, image: np.ndarray) -> int:
+        self.shown += 1
+        return self.shown
+
+    def compress(self, encoded: int, method: Any, keep: Any) -> Any:
+        rows = 576 if not method.compresses else keep
+        return SimpleNamespace(plan=range(rows), index=encoded, plain=not method.compresses)
+
+    def answer(self, encoded: Any, question: str, max_tokens: int) -> Any:
+        if not encoded.plain:
+            return SimpleNamespace(text="yes")
+        scene = draw_scene((EVAL_SEED, 0, encoded.index), "test")
+        asked = ask_all(scene, np.random.default_rng((ASK_SEED, 0, encoded.index)), vary=False)
+        right = next(q for q in asked if q.text == question)
+        said = right.answer if right.task == "caption" else f" {right.answer.upper()}."
+        return SimpleNamespace(text=f"well, {right.answer}" if self.talkative else said)
+
+
+def test_a_model_that_is_always_right_scores_one_and_its_compressed_self_what_it_says() -> None:
+    result = evaluate(Scripted("uniform", 64), scenes=60)
+    assert result["tokens"] == 64
+    for task, row in result["tasks"].items():
+        assert row["none"] == 1, task
+        assert row["difference"] == pytest.approx(row["score"] - 1, abs=1e-4)
+    assert 0.3 < result["tasks"]["existence"]["score"] < 0.7
+    assert all(result["tasks"][task]["score"] == 0 for task in ("digit", "relation", "counting", "caption", "place"))
+    alone = evaluate(Scripted("none", 1.0), scenes=20)
+    assert {row["score"] for row in alone["tasks"].values()} == {1}
+    assert "none" not in alone["tasks"]["digit"]
+
+
+def test_the_answer_alone_counts_not_a_sentence_that_holds_it() -> None:
+    tasks = evaluate(Scripted("none", 1.0, talkative=True), scenes=20)["tasks"]
+    assert {tasks[task]["score"] for task in ("existence", "digit", "counting", "place")} == {0}
+    assert tasks["caption"]["score"] == tasks["placed caption"]["score"] == 1
+
+
+def test_answers_do_not_follow_from_the_brightness_of_the_scene() -> None:
+    bright, yes = [], []
+    for index in range(300):
+        scene = draw_scene((EVAL_SEED, 0, index), "test")
+        questions = ask_all(scene, np.random.default_rng((ASK_SEED, 0, index)), vary=False)
+        bright.append(scene.image.mean())
+        yes.append(next(q.answer for q in questions if q.task == "existence") == "yes")
+    assert abs(np.corrcoef(bright, yes)[0, 1]) < 0.15
+
+
+@pytest.mark.slow
+def test_eval_prints_one_object_with_every_task_and_its_difference_to_none(capsys: Any) -> None:
+    assert main(["eval", "--scenes", "6", "--keep", "64", "--method", "uniform", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "uniform"
+    assert found["tokens"] == 64
+    assert {"existence", "counting", "caption", "placed caption"} <= set(found["tasks"])
+    for row in found["tasks"].values():
+        assert {"score", "low", "high", "n", "none", "difference"} <= set(row)
+
+
+def test_all_right_and_all_wrong_have_wilsons_interval() -> None:
+    row = summarise(np.ones(20))
+    assert (row["low"], row["high"]) == (pytest.approx(0.8389, abs=1e-4), 1)
+    row = summarise(np.zeros(20))
+    assert (row["low"], row["high"]) == (0, pytest.approx(0.1611, abs=1e-4))
 
 
 def test_a_score_is_the_mean_over_scenes_that_were_asked() -> None:

@@ -33,7 +33,9 @@ WORDING = {
 """The first wording of each is the one scored; training uses all."""
 
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-_CAPTION_THING = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?: with a (\d))?")
+_THING = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?: with a (\d))?"
+_CAPTION_THING = re.compile(rf"\b{_THING}")
+_PLACED_THING = re.compile(rf"\bat the ({'|'.join(sorted(PLACES, key=len, reverse=True))}) an? {_THING}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ def object_f1(text: str, scene: Scene) -> float:
     """F1 of the things a caption names against the scene's; a card counts only with its digit."""
     truth = things_named(caption(scene))
     said = things_named(text)
+    both = sum((truth & said).values())
+    return 2 * both / (sum(truth.values()) + sum(said.values()))
+
+
+def placed_f1(text: str, scene: Scene) -> float:
+    """The same, a thing counting only where the caption puts it in its place."""
+    truth, said = (Counter(_PLACED_THING.findall(words.lower())) for words in (caption(scene), text))
     both = sum((truth & said).values())
     return 2 * both / (sum(truth.values()) + sum(said.values()))
 
