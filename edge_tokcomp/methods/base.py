@@ -6,6 +6,7 @@ method's one function which to keep, and writes the ``Plan``. It knows nothing a
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -35,7 +36,7 @@ class Candidates:
     ``grids``: ``(rows, columns)`` of each crop in the view; ``crop (n,)`` and ``cell (n,)`` place a row in them.
     ``budget``: rows the language model gets from this view, a kept CLS included (``k`` counts patches only).
     ``query (m, d) float32``: the question's tokens at language width, if there is one and the method names it.
-    ``random``: seeded PCG64, the same on every backend.
+    ``seed``: of the run and the crop, for ``random``.
     """
 
     features: Array
@@ -43,7 +44,7 @@ class Candidates:
     crop: Ints
     cell: Ints
     budget: int
-    random: np.random.Generator
+    seed: tuple[int, int]
     cls_attention: Array | None = None
     keys: Array | None = None
     query: Array | None = None
@@ -56,6 +57,12 @@ class Candidates:
     def xp(self) -> Any:
         """The array namespace of ``features``."""
         return array_namespace(self.features)
+
+    @property
+    def random(self) -> np.random.Generator:
+        """PCG64 seeded by ``seed`` and what the picture holds; the same on every backend."""
+        content = zlib.crc32(np.ascontiguousarray(to_numpy(self.features)).data)
+        return np.random.Generator(np.random.PCG64([*self.seed, content]))
 
     @cached_property
     def embeddings(self) -> Array:
@@ -262,7 +269,7 @@ class _Inputs:
             crop=np.searchsorted(crops, layout.crop[patches]).astype(np.int64),
             cell=layout.cell[patches],
             budget=budget,
-            random=np.random.Generator(np.random.PCG64([seed, crops[0]])),
+            seed=(seed, crops[0]),
             cls_attention=None if attention is None else xp.take(attention, index, axis=1),
             keys=None if keys is None else xp.take(keys, index, axis=0),
             query=self.optional["query"],

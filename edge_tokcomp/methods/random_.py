@@ -10,8 +10,8 @@ from .base import Candidates, Method, Picks
 
 @dataclass(frozen=True)
 class RandomTokens(Method):
-    """``k`` tokens drawn without replacement from all crops. The same seed draws the same tokens on every backend,
-    and a smaller budget draws a part of a larger one's."""
+    """``k`` tokens drawn without replacement from all crops: others for another picture or seed, the same on every
+    backend; a smaller budget draws a part of a larger one's."""
 
     name: ClassVar[str] = "random"
     title: ClassVar[str] = "Random tokens"
