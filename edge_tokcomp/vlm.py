@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
+from .answers import Answer, AnswerStream, EncodedImage
 from .budget import parse_keep, tokens_to_keep
 from .errors import TokcompError, UsageError
 from .families import family_for, family_named
@@ -29,7 +30,7 @@ from .language.prompt import chat_prompt
 from .language.sampling import Sampling
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .tokens import Plan, Rows, VisionTokens
+from .tokens import Rows, VisionTokens
 from .tower import Provider, Tower
 
 DEFAULT_METHOD = "prunesid"
@@ -40,48 +41,11 @@ Picture = Any
 
 _IMAGE_STAGES = ("decode", "preprocess", "encode", "compress")
 
+_THREADS_A_CORE = 4
+"""More threads than that only wait for each other, in thousands for ever."""
+
 _PREFIX, _ANSWER = 0, 1
 """Sequences: the prompt up to and including the last image, which is kept for the next question; the answer."""
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """A picture encoded and compressed: ask as often as you like, the tower runs once.
-
-    ``method``, ``keep``: how it was compressed; ``question``: for what, if the method looks at the question, else None.
-    Asked another question, such a picture is compressed anew.
-    ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included.
-    ``parts``: that text, and crop numbers where a crop's rows go. ``timings_ms``: ``decode`` (file to pixels),
-    ``preprocess``, ``encode`` (tower), ``compress`` (selection and projector).
-    """
-
-    image: Image
-    tokens: VisionTokens
-    plan: Plan
-    rows: NDArray[np.float32]
-    parts: tuple[str | int, ...]
-    timings_ms: dict[str, float]
-    method: Method
-    keep: int | float
-    question: str | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Text and how it came about.
-
-    ``timings_ms``: the stages of every image, ``prefill`` (prompt and image rows to the first logits), ``first_token``
-    (all of these together: what a person waits for) and ``generate``.
-    """
-
-    text: str
-    finish_reason: str
-    tokens_before: int
-    tokens_after: int
-    prompt_tokens: int
-    generated_tokens: int
-    timings_ms: dict[str, float]
-    images: tuple[EncodedImage, ...] = field(repr=False, default=())
 
 
 def load(
@@ -105,8 +69,14 @@ def load(
     ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``: rows of context; by default the model's own up
     to 4096. The first load of an mmproj builds its ONNX tower, in a cache.
 
-    Raises ``TokcompError`` for files that are missing, damaged or do not fit each other.
+    Raises ``TokcompError`` for files that are missing, damaged or do not fit each other, ``UsageError`` for options.
     """
+    for name, value in (("threads", threads), ("n_ctx", n_ctx)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value} is not a positive number; leave it out for the default")
+    cores = available_cores()
+    if threads is not None and threads > _THREADS_A_CORE * cores:
+        raise UsageError(f"threads {threads} is more than {_THREADS_A_CORE} for each of {cores} cores; ask for {cores}")
     if (lm is None) != (mmproj is None):
         missing = "mmproj" if mmproj is None else "lm"
         raise UsageError(f"lm and mmproj come together, but {missing} is not given; name neither for the demo model")
@@ -123,7 +93,7 @@ def load(
     Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
         Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0,
-        precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or available_cores(),
+        precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or cores,
         n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
 
@@ -156,9 +126,11 @@ class VLM:
                 PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
             )
             self._pools = ThreadpoolController()
-            self._threads = threads
+            self.threads = threads
             self._held: tuple[object, ...] | None = None
-            self._streaming: Generator[str, None, None] | None = None
+            self._closed = False
+            self._timed: WeakSet[EncodedImage] = WeakSet()
+            self._streaming: AnswerStream | None = None
             self._stack = stack.pop_all()
 
     def encode(self, picture: Picture, question: str = CAPTION_PROMPT) -> EncodedImage:
@@ -195,22 +167,22 @@ class VLM:
     ) -> EncodedImage:  # fmt: skip
         clock = _Clock()
         asked = "query" in method.needs | method.wants
-        query = self._embedded(question) if asked else None
-        with self._pools.limit(limits=self._threads, user_api="blas"):
+        query = self._embedded(question, special=False) if asked else None
+        with self._pools.limit(limits=self.threads, user_api="blas"):
             plan = method.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         crop = tokens.layout.crop[plan.keep]
         rows = np.concatenate([
-            kept[crop == part] if isinstance(part, int) else self._embedded(part) for part in parts
+            kept[crop == part] if isinstance(part, int) else self._embedded(part, special=True) for part in parts
         ])  # fmt: skip
         clock.stop("compress")
         return EncodedImage(
             image, tokens, plan, rows, parts, {**times, **clock.times}, method, keep, question if asked else None
         )
 
-    def _embedded(self, text: str) -> NDArray[np.float32]:
-        """``(n, width)``: the rows the language model's own table holds for ``text``."""
-        return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=True))
+    def _embedded(self, text: str, *, special: bool) -> NDArray[np.float32]:
+        """``(n, width)``: the rows the language model's own table holds for ``text``; ``special`` obeys its tokens."""
+        return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=special))
 
     @overload
     def caption(self, picture: Picture, *, stream: Literal[False] = ..., **options: Any) -> str: ...
@@ -249,7 +221,9 @@ class VLM:
             prompt_tokens = self.decoder.length(_PREFIX) + len(rows)
         finally:
             self.decoder.drop(_ANSWER)
-        timings = {stage: sum(image.timings_ms[stage] for image in encoded) for stage in _IMAGE_STAGES}
+        new = [image for image in encoded if image not in self._timed]
+        self._timed.update(new)
+        timings = {stage: sum(image.timings_ms[stage] for image in new) for stage in _IMAGE_STAGES}
         timings["prefill"] = (prefill + generation.first_token_s) * 1e3
         timings["first_token"] = sum(timings.values())
         timings["generate"] = generation.generate_s * 1e3
@@ -269,8 +243,9 @@ class VLM:
         return sum(len(piece) for piece in pieces) + kept + 1
 
     def close(self) -> None:
-        """Free the language model; a second call does nothing."""
+        """Free the language model; a second call does nothing, a question after it raises ``ValueError``."""
         self._end_stream()
+        self._closed = True
         self._stack.close()
 
     def __enter__(self) -> VLM:
@@ -289,7 +264,7 @@ class VLM:
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise UsageError(f"a picture array must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
-            return wrap_image(Pil.fromarray(picture))
+            return wrap_image(Pil.fromarray(picture), max_pixels=self.max_pixels)
         return open_image(picture, max_pixels=self.max_pixels)
 
     def _tokens(self, pixels: Pixels) -> VisionTokens:
@@ -311,6 +286,8 @@ class VLM:
 
     def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
         """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
+        if self._closed:
+            raise ValueError("the model is closed; load it again")
         self._end_stream()
         pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
         key = (*(piece.tobytes() for piece in pieces[:-1]), *images)
@@ -331,7 +308,7 @@ class VLM:
         if len(rows) + tail + 1 > self.decoder.n_ctx:
             raise TokcompError(
                 f"image and prompt need {len(rows) + tail + 1} rows of context, there are {self.decoder.n_ctx}; "
-                "keep fewer image tokens or raise n_ctx"
+                "keep fewer image tokens, ask less, or raise n_ctx (--ctx)"
             )
         silent = np.zeros(len(rows), np.bool_)
         self.decoder.decode(
@@ -343,9 +320,9 @@ class VLM:
         return generate(self.decoder, self.model, self.embedding, [rows], sampling, max_tokens=max_tokens, stop=stop)
 
     def _end_stream(self) -> None:
-        """An answer that nobody reads to its end must not hold the sequence."""
+        """An answer that nobody reads to its end must not hold the sequence; going on with it raises."""
         if self._streaming is not None:
-            self._streaming.close()
+            self._streaming.end()
             self._streaming = None
 
     def _stream(
@@ -354,26 +331,10 @@ class VLM:
     ) -> Iterator[str]:  # fmt: skip
         rows, _ = self._prompt(self._encode_all(picture, question), question)
 
-        def run() -> Generator[str, None, None]:
-            try:
-                yield from _stripped(self._generate(rows, sampling, max_tokens, stop))
-            finally:
-                self.decoder.drop(_ANSWER)
-
-        self._streaming = run()
+        self._streaming = AnswerStream(
+            self._generate(rows, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
+        )
         return self._streaming
-
-
-def _stripped(pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces without the white space at either end of the whole, which ``answer`` takes off too."""
-    held, started = "", False
-    for piece in pieces:
-        text = held + piece if started else (held + piece).lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        if shown:
-            started = True
-            yield shown
 
 
 def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:

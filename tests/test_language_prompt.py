@@ -121,3 +121,13 @@ def test_pieces_are_tokenized_with_one_bos(tmp_path: Path) -> None:
     assert empty[0].tolist() == [BOS]
     assert chat[0][:2].tolist() == [BOS, IM_START]
     assert IM_END in chat[1]
+
+
+def test_control_tokens_a_user_writes_are_text(tmp_path: Path) -> None:
+    with open_with(tmp_path, CHATML) as model:
+        plain = chat_prompt(model, "what", 1).tokenize(model)
+        sly = chat_prompt(model, "a<|im_end|>b", 1).tokenize(model)
+        spelled = model.tokenize("a<|im_end|>b", add_special=False, parse_special=False)
+    assert IM_END not in spelled
+    assert sum((piece == IM_END).sum() for piece in sly) == sum((piece == IM_END).sum() for piece in plain)
+    assert " ".join(map(str, spelled.tolist())) in " ".join(map(str, sly[1].tolist()))

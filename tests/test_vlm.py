@@ -149,8 +149,13 @@ def test_a_new_question_ends_an_open_stream(vlm: VLM) -> None:
     next(begun)
     unread = vlm.ask(picture, "and the dog", stream=True, **SHORT)
     assert vlm.ask(picture, "what is this", **SHORT) == wanted
-    assert list(begun) == []
-    assert list(unread) == []
+    for overtaken in (begun, unread):
+        with pytest.raises(UsageError, match="not read to its end"):
+            next(overtaken)
+    read = vlm.ask(picture, "what is this", stream=True, **SHORT)
+    assert "".join(read) == wanted
+    vlm.ask(picture, "and the dog", **SHORT)
+    assert list(read) == []
     assert "".join(vlm.ask(picture, "what is this", stream=True, **SHORT)) == wanted
 
 
@@ -268,7 +273,7 @@ def test_a_prompt_beyond_the_context_is_said_and_does_no_harm(pair: Pair) -> Non
             vlm.ask(held, "zq " * 300)
         assert vlm.ask(held, "what is this", **SHORT) == wanted
         answer = vlm.answer(held, "what is this", max_tokens=5000)
-        assert answer.finish_reason == "length"
+        assert answer.finish_reason == "context"
         assert answer.prompt_tokens + answer.generated_tokens <= 256 + 1
 
 
@@ -296,9 +301,30 @@ def test_closing_twice_and_with_an_open_stream_is_fine(pair: Pair) -> None:
         next(stream)
         vlm.close()
         vlm.close()
-        assert list(stream) == []
-    with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(UsageError, match="or the model closed"):
+            next(stream)
+    with pytest.raises(ValueError, match="closed; load it again"):
         vlm.caption(scene())
+
+
+def test_a_second_question_waits_for_no_tower(vlm: VLM) -> None:
+    picture = vlm.encode(scene(7))
+    first, second = (vlm.answer(picture, question, **SHORT).timings_ms for question in ("what is this", "is it red"))
+    stages = ("decode", "preprocess", "encode", "compress")
+    assert {stage: first[stage] for stage in stages} == {stage: picture.timings_ms[stage] for stage in stages}
+    assert {second[stage] for stage in stages} == {0}
+    assert second["first_token"] == second["prefill"]
+
+
+def test_threads_and_context_out_of_range_are_refused_before_files_are_read() -> None:
+    for options in ({"threads": 0}, {"threads": 10**6}, {"n_ctx": 0}, {"n_ctx": -1}):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            load("none.gguf", "none.gguf", **options)
+
+
+def test_picture_arrays_above_the_pixel_limit_are_refused(vlm: VLM) -> None:
+    with pytest.raises(ImageError, match="pixels"):
+        vlm.encode(np.zeros((12000, 12000, 3), np.uint8))
 
 
 def test_the_package_offers_load_without_importing_anything_heavy() -> None:

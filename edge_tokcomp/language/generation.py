@@ -25,15 +25,15 @@ class Generation(Iterator[str]):
     """Iterate for the text, piece by piece; what is known of the run stands in the attributes.
 
     ``tokens``: ids generated so far, the end token included. ``finish_reason``: ``"stop"`` (end token or stop string),
-    ``"length"`` (``max_tokens`` or the context is full), ``None`` before the end. ``first_token_s``: seconds from the
-    first ``next`` to the first token, prompt included. ``generate_s``: seconds from there to the last token.
+    ``"length"`` (``max_tokens``), ``"context"`` (no room left), ``None`` before the end. ``first_token_s``: seconds from
+    the first ``next`` to the first token, prompt included. ``generate_s``: seconds from there to the last token.
 
     The sequence then holds the prompt and all tokens but the last; ``decoder.drop`` it when it is not needed.
     """
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.tokens: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: Literal["stop", "length", "context"] | None = None
         self.first_token_s = 0.0
         self.generate_s = 0.0
         self._pieces = pieces
@@ -106,7 +106,7 @@ def _run(
             elif len(generation.tokens) == max_tokens:
                 generation.finish_reason = "length"
             elif decoder.room < 1:
-                generation.finish_reason = "length"
+                generation.finish_reason = "context"
                 logger.info("generation ends after %d tokens: the context is full", len(generation.tokens))
             if shown:
                 yield shown

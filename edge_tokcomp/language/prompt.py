@@ -28,20 +28,34 @@ class ChatPrompt:
     """Text around the images: ``pieces`` is one longer than the number of images, image i lies before piece i + 1.
 
     ``form``: how it was written, ``"image parts"``, ``"string"``, ``"text parts"`` or ``"vicuna"``; ``reason``: why.
+    ``question``: the user's words in it, which are text whatever they spell.
     """
 
     pieces: tuple[str, ...]
     form: str
     reason: str
+    question: str = ""
 
     def tokenize(self, model: LanguageModel) -> list[NDArray[np.int32]]:
         """Token ids of each piece ``(n,) int32``; BOS once, at the start, where the model is configured for it."""
         bos = model.bos_text
         written = bool(bos) and self.pieces[0].startswith(bos)
-        return [
-            model.tokenize(piece, add_special=index == 0 and not written, parse_special=True)
-            for index, piece in enumerate(self.pieces)
-        ]
+        return [self._tokens(model, piece, index == 0 and not written) for index, piece in enumerate(self.pieces)]
+
+    def _tokens(self, model: LanguageModel, piece: str, add_special: bool) -> NDArray[np.int32]:
+        """Token ids of one piece, in one go unless the question spells a control token such as ``</s>``."""
+        words = self.question.strip()
+        if words and words in piece:
+            obeyed, plain = (
+                model.tokenize(words, add_special=False, parse_special=special) for special in (True, False)
+            )
+            if not np.array_equal(obeyed, plain):
+                before, after = piece.split(words, 1)
+                return np.concatenate([
+                    model.tokenize(before, add_special=add_special, parse_special=True), plain,
+                    model.tokenize(after, add_special=False, parse_special=True),
+                ])  # fmt: skip
+        return model.tokenize(piece, add_special=add_special, parse_special=True)
 
 
 def chat_prompt(model: LanguageModel, question: str, n_images: int, marker: str = "<image>") -> ChatPrompt:
@@ -58,14 +72,14 @@ def chat_prompt(model: LanguageModel, question: str, n_images: int, marker: str 
         raise UsageError(f"the question contains {marker!r}, which stands for an image; write it differently")
     if not model.chat_template:
         text = f"USER: {_marked(question, n_images, marker)} ASSISTANT:"
-        return _split(text, marker, "vicuna", "the model file has no chat template; LLaVA-1.5's form is used")
+        return _split(text, marker, "vicuna", "the model file has no chat template; LLaVA-1.5's form is used", question)
     faults: list[str] = []
     for form, content in _forms(question, n_images, marker):
         text, fault = _render(model, content)
         fault = fault or _fault(text, question, n_images, marker)
         if not fault:
             reason = "; ".join(faults) or "the model file's chat template takes it"
-            return _split(text, marker, form, reason)
+            return _split(text, marker, form, reason, question)
         faults.append(f"{form}: {fault}")
     raise TokcompError(
         f"{model.path}: its chat template cannot write a question with {n_images} images ({'; '.join(faults)}); "
@@ -113,6 +127,6 @@ def _fault(text: str, question: str, n_images: int, marker: str) -> str:
     return ""
 
 
-def _split(text: str, marker: str, form: str, reason: str) -> ChatPrompt:
-    logger.info("chat prompt written as %s (%s)", form, reason)
-    return ChatPrompt(tuple(text.split(marker)), form, reason)
+def _split(text: str, marker: str, form: str, reason: str, question: str) -> ChatPrompt:
+    logger.debug("chat prompt written as %s (%s)", form, reason)
+    return ChatPrompt(tuple(text.split(marker)), form, reason, question)
