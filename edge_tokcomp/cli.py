@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from . import __version__
 from .errors import ImageError, TokcompError
@@ -22,6 +23,13 @@ OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 all well, 1 some pictures failed, 2 it could not be done as asked, 130 interrupted."""
     _open_streams()
+    try:
+        return _run(arguments)
+    finally:
+        _settle_errors()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -42,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TokcompError as fault:
         return _say(str(fault), USAGE)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        _drop_output()
+        _drop(sys.stdout)
         return SOME_FAILED
     except OSError as fault:
         if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        _drop_output()
+        _drop(sys.stdout)
         return _say(f"the output cannot be written ({fault.strerror})", USAGE)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _say("interrupted; run the same command again to go on", INTERRUPTED)
 
 
 def _open_streams() -> None:
@@ -63,17 +71,27 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """Let what is still buffered for stdout go nowhere: Python would fail on it again at the end."""
+def _settle_errors() -> None:
+    """Let what nobody read on stderr go nowhere."""
+    if not sys.stderr.closed:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _drop(sys.stderr)
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what is still buffered go nowhere: Python would fail on it again at the end, with an exit code of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _say(text: str, code: int) -> int:
-    from .records import printable
+    from .text import printable, unheard
 
-    print(f"edge-tokcomp: {printable(text)}", file=sys.stderr)  # noqa: T201
+    with unheard(sys.stderr):
+        print(f"edge-tokcomp: {printable(text)}", file=sys.stderr)  # noqa: T201
     return code
 
 
@@ -131,7 +149,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     compress = _verb(verbs, "compress", "run a method on arrays of your own")
     compress.add_argument("features", metavar="FEATURES.npz", help="features (N,D); optionally embeddings (N,d), "
-                          "cls_attention (heads,N), keys (N,Dk), query (m,d), grid (2,)")  # fmt: skip
+                          "cls_attention (heads,N), keys (N,Dk), query (m,d), grid (rows, columns): N - 1 cells mean "
+                          "that row 0 is a CLS row")  # fmt: skip
     compress.add_argument("--method", required=True)
     compress.add_argument("--keep", required=True, metavar="K")
     compress.add_argument("--seed", type=int, default=0)

@@ -3,77 +3,82 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import math
 import os
-import re
 import shlex
+import stat
 import sys
-import tokenize
-import zipfile
-import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .budget import describe, tokens_to_keep
 from .errors import UsageError
+from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
 from .methods import get_method, method_table
-from .tokens import Layout, VisionTokens
+from .text import unheard
 
 if TYPE_CHECKING:
-    from .captioning import Done, Parameters
+    from .parameters import Parameters
     from .records import Sink
+    from .resume import Done
     from .sources import Source
     from .vlm import VLM
-
-_FEATURE_ARRAYS = ("features", "embeddings", "cls_attention", "keys", "query", "grid")
-_FEATURE_BYTES = 4 << 30
-"""Most bytes a file of ``compress`` may unpack to."""
 
 
 def caption(options: argparse.Namespace) -> int:
     """Caption every source; see ``captioning``."""
-    from .captioning import Done, Parameters, caption_all, check_context, check_sidecars
+    from .captioning import caption_all
     from .console import Console, TextLines
+    from .parameters import Parameters, check_context
+    from .records import read_earlier
+    from .resume import Done, check_ids
+    from .sidecars import check_sidecars, sidecar_extension
     from .sources import find_sources
     from .vlm import CAPTION_PROMPT
 
-    target, sidecar = _target(options.out), _sidecar(options.sidecar)
+    target, sidecar = _target(options.out), sidecar_extension(options.sidecar)
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens} is not a positive number")
     sources = _without_outputs(find_sources(options.sources, recursive=options.recursive), target, sidecar)
     if sidecar:
-        check_sidecars(sources, sidecar)
+        check_sidecars(sources, sidecar, target)
     parameters = Parameters(CAPTION_PROMPT if options.prompt is None else options.prompt, options.max_tokens)
-    done = Done.read(None if options.overwrite else target) if target or not sidecar else None
-    with _load(options) as vlm:
-        check_context(vlm, parameters)
+    earlier = None if options.overwrite else target
+    if earlier:
+        next(read_earlier(earlier), None)  # a file that is none of ours is refused before the model is loaded
+
+    def already() -> Done | None:
+        done = Done.read(earlier) if target or not sidecar else None
+        if done:
+            check_ids(sources, done)
+        return done
+
+    with _load(options) as vlm, ExitStack() as stack:
+        warning = check_context(vlm, parameters)
         if options.dry_run:
-            return _dry_run(vlm, sources, parameters, done, sidecar, options.overwrite)
+            return _dry_run(vlm, sources, parameters, already(), sidecar, options.overwrite)
+        # The sink first: it keeps other runs from the file, so that what is read of it stays true.
         output = _output(options, target)
+        if output:
+            stack.callback(output.close)
+        done = already()
         console = Console(len(sources))
-        sink = output or TextLines(console)
+        stack.callback(console.close)
         console.say(f"{vlm.lm.name}, tower {vlm.tower.provider_reason}, {len(sources)} images")
-        summary = None
+        if warning:
+            console.say(warning)
         try:
             summary = caption_all(
-                vlm, sources, sink, parameters, done=done, sidecar=sidecar, overwrite=options.overwrite,
-                progress=console, on_stop=console.stopping,
+                vlm, sources, output or TextLines(console), parameters, done=done, sidecar=sidecar,
+                overwrite=options.overwrite, progress=console, on_stop=console.stopping,
             )  # fmt: skip
         except KeyboardInterrupt:
-            pass  # the second one; what follows is the same as after the first
-        finally:
-            sink.close()
-            console.close()
+            summary = None  # the second one; what follows is the same as after the first
     if summary is not None:
-        console.say(str(summary))
-        for name, reason in summary.failures:
-            console.say(f"  failed: {name}: {reason}")
+        for line in summary.lines():
+            console.say(line)
     if summary is None or summary.interrupted:
         console.say(_how_to_go_on(options, target, sidecar))
         return 130
@@ -86,26 +91,16 @@ def _target(out: str | None) -> Path | None:
     path = Path(out)
     if path.suffix.lower() not in (".jsonl", ".csv"):
         raise UsageError(f"--out {out}: write FILE.jsonl, FILE.csv or -")
-    if not path.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"--out {out}: not a regular file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--out {out}: cannot be written (permission denied)")
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"--out {out}: there is no folder {path.parent}")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"--out {out}: not a regular file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"--out {out}: cannot be written (permission denied)")
+    except OSError as fault:
+        raise UsageError(f"--out {out}: cannot be written ({fault.strerror})") from fault
     return path
-
-
-def _sidecar(extension: str | None) -> str | None:
-    from .sources import EXTENSIONS
-
-    if extension is None:
-        return None
-    dotted = extension if extension.startswith(".") else f".{extension}"
-    if not re.fullmatch(r"(\.[\w-]+)+", dotted):
-        raise UsageError(f"--sidecar {extension}: name an extension such as .txt")
-    if Path(f"a{dotted}").suffix.lower() in EXTENSIONS:
-        raise UsageError(f"--sidecar {extension} would write captions over pictures; name an extension such as .txt")
-    return dotted
 
 
 def _without_outputs(sources: list[Source], target: Path | None, sidecar: str | None) -> list[Source]:
@@ -116,7 +111,8 @@ def _without_outputs(sources: list[Source], target: Path | None, sidecar: str | 
         if os.path.abspath(source.path) != own and not (sidecar and source.path.name.endswith(sidecar))
     ]  # fmt: skip
     if len(kept) < len(sources):
-        print(f"{len(sources) - len(kept)} output files among the sources are left out", file=sys.stderr)  # noqa: T201
+        with unheard(sys.stderr):
+            print(f"{len(sources) - len(kept)} output files among the sources are left out", file=sys.stderr)  # noqa: T201
     return kept
 
 
@@ -143,6 +139,7 @@ def _dry_run(
     vlm: VLM, sources: list[Source], parameters: Parameters, done: Done | None, sidecar: str | None, overwrite: bool
 ) -> int:
     from .captioning import count_done
+    from .parameters import prompt_rows
 
     before = vlm.spec.patches
     after = tokens_to_keep(vlm.keep, before) if vlm.method.compresses else before
@@ -152,7 +149,7 @@ def _dry_run(
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.model.n_layer} layers)",
         "tower": f"{vlm.mmproj} ({vlm.family.name}, {vlm.precision}, {vlm.tower.provider_reason})",
         "image tokens": f"{describe(before, after)} a crop, method {vlm.method}",
-        "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {vlm.rows_needed(parameters.prompt)}, "
+        "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
         "prompt": parameters.prompt,
     }
@@ -178,20 +175,40 @@ def inspect(options: argparse.Namespace) -> int:
     from .overlay import draw_overlay
     from .vlm import CAPTION_PROMPT
 
-    image = _open(options)
+    image, form = _open(options), _picture_format(options.out)
     if Path(options.out).exists() and Path(options.out).samefile(options.image):
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
         pixels = vlm.family.preprocess(encoded.image.picture, vlm.spec)
-        label = f"{vlm.method}  {encoded.plan}"
-        picture = draw_overlay(pixels, vlm.spec, encoded.tokens.layout, encoded.plan, label)
+        picture = draw_overlay(pixels, vlm.spec, encoded.tokens.layout, encoded.plan, str(vlm.method))
     try:
-        picture.save(options.out)
-    except (OSError, ValueError) as fault:
-        raise UsageError(f"--out {options.out}: cannot be written ({fault}); name a .png file") from fault
-    print(f"{options.out}: {label}", file=sys.stderr)  # noqa: T201
+        write_whole(options.out, lambda stream: picture.save(stream, form))
+    except OSError as fault:
+        raise UsageError(f"--out {options.out}: cannot be written ({fault.strerror or fault})") from fault
+    print(f"{options.out}: {encoded.plan}, method {vlm.method}", file=sys.stderr)  # noqa: T201
     return 0
+
+
+def _picture_format(out: str) -> str:
+    """Pillow's name for the kind of file ``--out`` names; raises ``UsageError`` if it cannot be written there."""
+    path = Path(out)
+    form = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
+    if form is None:
+        raise UsageError(f"--out {out}: name a .png or .jpg file")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise UsageError(f"--out {out}: there is no folder {path.parent}") from None
+    except OSError as fault:
+        raise UsageError(f"--out {out}: cannot be written ({fault.strerror})") from fault
+    else:
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"--out {out}: not a regular file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--out {out}: cannot be written (permission denied)")
+    return form
 
 
 def eval(options: argparse.Namespace) -> int:
@@ -257,8 +274,10 @@ def methods(options: argparse.Namespace) -> int:
 
 def compress(options: argparse.Namespace) -> int:
     """Run a method on the arrays of a file."""
+    from .features import read_features
+
     method = get_method(options.method)
-    tokens, query = _read_features(Path(options.features))
+    tokens, query = read_features(Path(options.features))
     plan = method.compress(tokens, options.keep, seed=options.seed, query=query)
     try:
         plan.save(options.out)
@@ -276,77 +295,6 @@ def export(options: argparse.Namespace) -> int:
     line = f"{options.out}: {files.spec.family} tower, {files.precision}, against the source: {files.check}"
     print(line, file=sys.stderr)  # noqa: T201
     return 0
-
-
-def _read_features(path: Path) -> tuple[VisionTokens, NDArray[np.generic] | None]:
-    """The arrays of ``compress``, the question's apart. N = rows x columns + 1 means that row 0 is the CLS row."""
-    try:
-        arrays = _read_arrays(path)
-    except (
-        OSError, EOFError, ValueError, SyntaxError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error
-    ) as fault:  # fmt: skip
-        raise UsageError(f"{path}: not an .npz of arrays ({fault})") from fault
-    if "features" not in arrays:
-        raise UsageError(f"{path}: has no array 'features' (N, D); write it with numpy.savez(FILE, features=...)")
-    grid_array = arrays.pop("grid", None)
-    for name, array in arrays.items():
-        if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
-            raise UsageError(f"{path}: {name} {array.shape} {array.dtype} must be a matrix of floating-point numbers")
-    features, embeddings = arrays["features"], arrays.get("embeddings")
-    count = len(features)
-    rows, columns = _grid(path, grid_array, count)
-    if embeddings is not None and len(embeddings) != count:
-        raise UsageError(f"{path}: embeddings {embeddings.shape} must be ({count}, d)")
-    query, width = arrays.get("query"), (features if embeddings is None else embeddings).shape[1]
-    if query is not None and query.shape[1] != width:
-        raise UsageError(f"{path}: query {query.shape} must be (m, {width}), as wide as the embeddings")
-    try:
-        tokens = VisionTokens(
-            features,
-            Layout.of_grids((rows, columns), cls_rows=rows * columns == count - 1),
-            None if embeddings is None else lambda _rows: embeddings,
-            arrays.get("cls_attention"),
-            arrays.get("keys"),
-        )
-        return tokens, query
-    except ValueError as fault:
-        raise UsageError(f"{path}: {fault}") from fault
-
-
-def _grid(path: Path, array: NDArray[np.generic] | None, count: int) -> tuple[int, int]:
-    if array is None:
-        for patches in (count, count - 1):  # a square, without or with a CLS row before it
-            side = math.isqrt(patches)
-            if side and side**2 == patches:
-                return side, side
-        return 1, count
-    if array.shape != (2,) or array.dtype.kind not in "iu":
-        raise UsageError(f"{path}: grid {array.shape} {array.dtype} must be two whole numbers, rows and columns")
-    rows, columns = int(array[0]), int(array[1])
-    if rows < 1 or columns < 1 or rows * columns not in (count, count - 1):
-        raise UsageError(f"{path}: grid {rows} x {columns} does not hold {count} rows, with or without a CLS row")
-    return rows, columns
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The arrays of ``compress``, declared sizes checked before memory is taken for them."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > _FEATURE_BYTES:
-            raise ValueError(f"unpacks to more than {_FEATURE_BYTES >> 30} GiB")
-        for name in _FEATURE_ARRAYS:
-            if f"{name}.npy" not in archive.namelist():
-                continue
-            data = archive.read(f"{name}.npy")
-            stream = io.BytesIO(data)
-            older = np.lib.format.read_magic(stream) == (1, 0)
-            read_header = np.lib.format.read_array_header_1_0 if older else np.lib.format.read_array_header_2_0
-            shape, by_columns, dtype = read_header(stream)
-            if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-                raise ValueError(f"{name} has the wrong type or size")
-            flat = np.frombuffer(data, dtype, offset=stream.tell())
-            arrays[name] = flat.reshape(shape, order="F" if by_columns else "C")
-    return arrays
 
 
 def _open(options: argparse.Namespace) -> Image:

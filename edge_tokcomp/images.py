@@ -3,8 +3,9 @@
 * EXIF orientation is applied; for HEIC the container's own rotation is (by pillow-heif), never both.
 * CMYK goes through its embedded profile to sRGB, or Pillow's plain conversion without one. RGB profiles are left alone,
   as the models' own training did.
-* 16-bit grey is scaled to 8 bits, not clipped; floating-point grey must lie within 0..1. Of 16-bit colour Pillow reads
-  the upper byte. Palettes become RGB.
+* Deep grey is scaled to 8 bits, not clipped: by the depth of the file where it is 12 or 16 bits; 32 bits say nothing of
+  where white is, so that their values decide, which must fit 8 or 16 bits. Floating-point grey must lie within 0..1. Of
+  16-bit colour Pillow reads the upper byte. Palettes become RGB.
 * Transparency is laid over white. Animated and multi-picture files give their first picture, and a note.
 * Truncated and damaged files are errors, never half a picture. (What follows the first picture is not looked at.)
 """
@@ -40,7 +41,7 @@ FORMATS = (
 )  # fmt: skip
 """What is read. Pillow knows more, among them formats for which it starts other programs."""
 
-_ORIENTATION = 0x0112
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 0x0102
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"))
 _AVIF_BRANDS = frozenset((b"avif", b"avis"))
 _PILLOW = threading.Lock()
@@ -99,14 +100,12 @@ def open_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
 def wrap_image(picture: PilImage.Image, *, max_pixels: int = MAX_PIXELS) -> Image:
     """A Pillow picture by the same rules; its ``sha256`` is that of its pixels.
 
-    Orientation and limit apply to what ``PIL.Image.open`` returned; a picture made from that is upright already.
-    Raises ``ImageError``.
+    ``convert``, ``copy``, ``resize`` and ``crop`` of Pillow keep the EXIF orientation and leave the pixels as they lie,
+    so it is applied to every picture that carries one. Whoever turns a picture beforehand does it with
+    ``PIL.ImageOps.exif_transpose``, which takes the orientation away. Raises ``ImageError``.
     """
-    from PIL import ImageFile
-
     with _decoding(max_pixels):
-        from_file = isinstance(picture, ImageFile.ImageFile)
-        rgb, notes = _first_picture(picture, max_pixels) if from_file else _to_rgb(picture)
+        rgb, notes = _first_picture(picture, max_pixels)
     return Image(rgb, hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest(), tuple(notes))
 
 
@@ -155,7 +154,7 @@ def _identify(data: bytes) -> PilImage.Image:
 
 
 def _first_picture(picture: PilImage.Image, max_pixels: int) -> tuple[PilImage.Image, list[str]]:
-    """The first picture of a file, decoded, upright and RGB, with notes on what was not plain."""
+    """The first picture of a file, or one from memory: decoded, upright and RGB, with notes on what was not plain."""
     width, height = picture.size
     if width * height > max_pixels:
         raise _too_large(width * height, max_pixels)
@@ -164,8 +163,9 @@ def _first_picture(picture: PilImage.Image, max_pixels: int) -> tuple[PilImage.I
     # Counting the frames would read a file of any length to its end.
     notes = ["the first of several pictures in the file"] if getattr(picture, "is_animated", False) else []
     picture.load()
+    white = _white_level(picture)
     upright, turned = _upright(picture)
-    rgb, converted = _to_rgb(upright)
+    rgb, converted = _to_rgb(upright, white)
     return rgb, notes + turned + converted
 
 
@@ -182,10 +182,23 @@ def _upright(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
         return picture, [f"EXIF cannot be read, orientation not applied ({_one_line(fault)})"]
     if not isinstance(orientation, int) or orientation not in turns:
         return picture, []
-    return picture.transpose(turns[orientation]), [f"EXIF orientation {orientation} applied"]
+    turned = picture.transpose(turns[orientation])
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(name, None)  # Whoever opens the result again must not turn it again.
+    return turned, [f"EXIF orientation {orientation} applied"]
 
 
-def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
+def _white_level(picture: PilImage.Image) -> int | None:
+    """The value that is white in a picture of deep grey, by its file's depth; None where 32 bits leave it open."""
+    bits = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE)  # of a TIFF
+    if picture.mode.startswith("I;16"):
+        return 4095 if bits == (12,) else 65535
+    if picture.format in ("PNG", "PPM"):  # Pillow's mode of 32 bits for files of 16, or scaled to 16.
+        return 65535
+    return 32767 if bits == (16,) else None  # signed
+
+
+def _to_rgb(picture: PilImage.Image, white: int | None) -> tuple[PilImage.Image, list[str]]:
     """Any mode to RGB, with notes on what was not plain."""
     from PIL import Image as Pil
 
@@ -193,16 +206,16 @@ def _to_rgb(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
     if mode == "CMYK":
         return _from_cmyk(picture)
     if mode.startswith("I;16") or mode in ("I", "F"):
-        return _from_grey(picture)
+        return _from_grey(picture, white)
     if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "RGBa"):
         rgba = picture.convert("RGBA")
-        white = Pil.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Pil.alpha_composite(white, rgba).convert("RGB"), ["transparency over white"]
+        paper = Pil.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Pil.alpha_composite(paper, rgba).convert("RGB"), ["transparency over white"]
     return (picture if mode == "RGB" else picture.convert("RGB")), []
 
 
-def _from_grey(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
-    """16-bit or floating-point grey, rounded to 8 bits."""
+def _from_grey(picture: PilImage.Image, white: int | None) -> tuple[PilImage.Image, list[str]]:
+    """Integer grey of more than 8 bits, or floating-point grey, rounded to 8 bits."""
     from PIL import Image as Pil
 
     values = np.asarray(picture)
@@ -212,10 +225,18 @@ def _from_grey(picture: PilImage.Image) -> tuple[PilImage.Image, list[str]]:
             raise ImageError(f"floating-point grey values {low:g}..{high:g} are not within 0..1")
         grey, note = (values * np.float32(255) + np.float32(0.5)).astype(np.uint8), "float grey scaled to 8 bits"
     else:
-        if low < 0 or high > 65535:
-            raise ImageError(f"grey values {low:g}..{high:g} do not fit 16 bits")
-        table = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-        grey, note = table[values], "16-bit grey scaled to 8"
+        if white is not None:
+            note = f"{16 if white == 32767 else white.bit_length()}-bit grey scaled to 8"
+        elif high <= 255:
+            white, note = 255, "32-bit grey with values of 8 bits"
+        else:
+            white, note = 65535, "32-bit grey with values of 16 bits, scaled to 8"
+        if low < 0 or high > white:
+            raise ImageError(
+                f"grey values {low:.0f}..{high:.0f} are not within 0..{white}; save the picture with 8 or 16 bits"
+            )
+        table = ((np.arange(white + 1) * 255 + white // 2) // white).astype(np.uint8)
+        grey = table[values]
     clear = picture.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255

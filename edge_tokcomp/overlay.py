@@ -12,11 +12,11 @@ from .tokens import Layout, Plan, Role
 SIDE = 672
 """Least pixels along a crop's edge, so that single patches can be told apart."""
 
-_DIM, _EDGE, _STRIP = 0.22, (255, 196, 0), 34
+_DIM, _EDGE, _STRIP, _MARGIN = 0.22, (255, 196, 0), 34, 10
 
 
-def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, label: str) -> Image.Image:
-    """What the tower saw of each crop, side by side, with ``plan`` laid over it and ``label`` in a strip below."""
+def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, method: str) -> Image.Image:
+    """What the tower saw of each crop, side by side, with ``plan`` laid over it; its counts and ``method`` below."""
     crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]
     width = sum(crop.width for crop in crops) + 8 * (len(crops) - 1)
     canvas = Image.new("RGB", (width, max(crop.height for crop in crops) + _STRIP), (24, 24, 24))
@@ -24,9 +24,13 @@ def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, la
     for crop in crops:
         canvas.paste(crop, (left, 0))
         left += crop.width + 8
-    font = ImageFont.load_default(size=18)
-    label = label.replace("→", "to")  # Pillow's built-in font has no arrow
-    ImageDraw.Draw(canvas).text((10, canvas.height - _STRIP // 2), label, (240, 240, 240), font, anchor="lm")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
+    counts = str(plan).replace("→", "to")  # Pillow's built-in font has no arrow
+    label, kept = f"{counts}  {method}", len(method)
+    while kept and pen.textlength(label, font) > width - 2 * _MARGIN:
+        kept -= 1
+        label = f"{counts}  {method[:kept]}..."
+    pen.text((_MARGIN, canvas.height - _STRIP // 2), label, (240, 240, 240), font, anchor="lm")
     return canvas
 
 

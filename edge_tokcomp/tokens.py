@@ -7,13 +7,7 @@ torch tensors; whatever a method was given it computes on, and index arrays are 
 from __future__ import annotations
 
 import enum
-import io
-import math
 import os
-import tempfile
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +19,7 @@ from numpy.typing import NDArray
 
 from .budget import describe
 from .errors import TokcompError
+from .files import read_npz, write_whole
 
 Array = Any
 """A NumPy array or a torch tensor (array API, through array-api-compat)."""
@@ -212,8 +207,7 @@ class Plan:
         return merged.index_add(0, target, rows[order] * shares)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as ``.npz``, whole or not at all."""
-        target = Path(path)
+        """Write the plan as ``.npz``, whole or not at all; raises ``OSError``."""
         arrays: dict[str, Any] = {
             "keep": self.keep, "rank": self.rank, "total": self.total, "before": self.before,
             "stats_names": np.array(list(self.stats), dtype=np.str_),
@@ -221,21 +215,19 @@ class Plan:
         }  # fmt: skip
         if self.assign is not None and self.weight is not None:
             arrays |= {"assign": self.assign, "weight": self.weight}
-        handle, partial = tempfile.mkstemp(dir=target.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, **arrays)
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(path, lambda stream: np.savez(stream, **arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan written by ``save``; raises ``TokcompError`` for any other file."""
         try:
-            file = _read_arrays(Path(path))
-            names, values = file["stats_names"], file["stats_values"]
+            file = read_npz(Path(path), _PLAN_ARRAYS, _PLAN_BYTES)
+            for name, array in file.items():
+                kind, axes, dtype = _PLAN_ARRAYS[name]
+                if array.dtype.kind != kind or array.ndim != axes:
+                    raise ValueError(f"{name} has the wrong type or size")
+                with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite, and is refused as such
+                    file[name] = array.astype(dtype)
             return cls(
                 keep=file["keep"],
                 rank=file["rank"],
@@ -243,50 +235,21 @@ class Plan:
                 before=int(file["before"].item()),
                 assign=file.get("assign"),
                 weight=file.get("weight"),
-                stats=dict(zip(names.tolist(), values.tolist(), strict=True)),
+                stats=dict(zip(file["stats_names"].tolist(), file["stats_values"].tolist(), strict=True)),
             )
-        except _BROKEN as fault:
+        except (KeyError, ValueError, SystemError) as fault:  # the last from NumPy, for names that are no characters
             raise TokcompError(f"{path}: not a plan file ({fault}); write one with `edge-tokcomp compress`") from fault
 
-
-_BROKEN = (
-    OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError, MemoryError, tokenize.TokenError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What reading a file that is no plan can raise, down to NumPy's header parser."""
 
 _PLAN_BYTES = 64 << 20
 """Most bytes a plan file may unpack to: about two million rows."""
 
-_PLAN_ARRAYS = {
-    "keep": ("i", 1), "rank": ("i", 1), "total": ("i", 0), "before": ("i", 0), "assign": ("i", 1), "weight": ("f", 1),
-    "stats_names": ("U", 1), "stats_values": ("f", 1),
+_PLAN_ARRAYS: Mapping[str, tuple[str, int, type[np.generic]]] = {
+    "keep": ("i", 1, np.int64), "rank": ("i", 1, np.int64), "total": ("i", 0, np.int64), "before": ("i", 0, np.int64),
+    "assign": ("i", 1, np.int64), "weight": ("f", 1, np.float32), "stats_names": ("U", 1, np.str_),
+    "stats_values": ("f", 1, np.float64),
 }  # fmt: skip
-"""Kind and number of axes of each array in a plan file."""
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a plan file, each member's declared size checked before memory is taken for it."""
-    arrays: dict[str, NDArray[Any]] = {}
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > _PLAN_BYTES:
-            raise ValueError(f"unpacks to more than {_PLAN_BYTES >> 20} MiB")
-        for name, (kind, axes) in _PLAN_ARRAYS.items():
-            if f"{name}.npy" not in archive.namelist():
-                continue
-            data = archive.read(f"{name}.npy")
-            stream = io.BytesIO(data)
-            if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError(f"{name} is in an unknown array format")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            size = math.prod(shape) * dtype.itemsize
-            if dtype.kind != kind or len(shape) != axes or size != len(data) - stream.tell():
-                raise ValueError(f"{name} has the wrong type or size")
-            array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
-            arrays[name] = array if kind == "U" else array.astype({"i": np.int64, "f": np.float64}[kind])
-    if "weight" in arrays:
-        arrays["weight"] = arrays["weight"].astype(np.float32)
-    return arrays
+"""Kind and number of axes of each array in a plan file, and the type it is given."""
 
 
 @dataclass(frozen=True, eq=False)

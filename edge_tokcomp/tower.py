@@ -59,14 +59,19 @@ class Tower:
         self.directory = Path(directory)
         runtime = _import_runtime()
         self.provider, self.provider_reason = _choose(runtime, provider)
-        started, self._tower = _session(runtime, self.directory / "tower.onnx", self.provider, threads)
-        if not started:
+        paths = [self.directory / f"{name}.onnx" for name in ("tower", "projector")]
+        sessions = [_session(runtime, path, self.provider, threads) for path in paths]
+        if not all(_runs_on(session, self.provider) for session in sessions):
             if provider == "cuda":
                 raise TokcompError(
                     "provider cuda does not start here; check the NVIDIA driver, CUDA and cuDNN, or use provider cpu"
                 )
             self.provider, self.provider_reason = "cpu", "cpu: CUDA is installed but does not start on this machine"
-        _, self._projector = _session(runtime, self.directory / "projector.onnx", self.provider, threads)
+            sessions = [
+                session if _runs_on(session, "cpu") else _session(runtime, path, "cpu", threads)
+                for path, session in zip(paths, sessions, strict=True)
+            ]
+        self._tower, self._projector = sessions
         self._outputs = [output.name for output in self._tower.get_outputs()]
         try:
             _, _, height, width = self._tower.get_inputs()[0].shape
@@ -79,7 +84,10 @@ class Tower:
             ) from fault
 
     def encode(self, pixels: Floats) -> TowerOutput:
-        """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B."""
+        """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B.
+
+        Raises ``TokcompError`` when ONNX Runtime fails, most often for want of memory.
+        """
         if (
             pixels.dtype != np.float32
             or pixels.ndim != 4
@@ -89,15 +97,38 @@ class Tower:
             raise ValueError(
                 f"pixels must be (B, {str((3, *self.image_size))[1:]} float32, got {pixels.shape} {pixels.dtype}"
             )
-        values = dict(zip(self._outputs, self._tower.run(self._outputs, {"pixels": pixels}), strict=True))
+        found = self._run("tower", self._tower, self._outputs, {"pixels": pixels})
+        values = dict(zip(self._outputs, found, strict=True))
         return TowerOutput(values["features"], values.get("cls_attention"))
 
     def project(self, rows: Floats) -> Floats:
-        """``rows (n, D) float32`` to ``(n, d) float32``; any n."""
+        """``rows (n, D) float32`` to ``(n, d) float32``; any n.
+
+        Raises ``TokcompError`` when ONNX Runtime fails, and for a row that comes out with NaN or infinity.
+        """
         if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self.width:
             raise ValueError(f"rows must be (n, {self.width}) float32, got {rows.shape} {rows.dtype}")
-        embeddings: Floats = self._projector.run(["embeddings"], {"rows": rows})[0]
+        embeddings: Floats = self._run("projector", self._projector, ["embeddings"], {"rows": rows})[0]
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            raise TokcompError(
+                f"projector, row {int(np.argmin(finite))} of {len(rows)}: not finite (NaN or infinity); "
+                "check the mmproj file and the tower's precision"
+            )
         return embeddings
+
+    def _run(
+        self, name: str, session: onnxruntime.InferenceSession, outputs: list[str], inputs: dict[str, Floats]
+    ) -> list[Floats]:
+        try:
+            results: list[Floats] = session.run(outputs, inputs)
+        except Exception as fault:  # ONNX Runtime's exceptions share no base but this.
+            instead = "use provider cpu" if self.provider == "cuda" else "export the tower again"
+            raise TokcompError(
+                f"{self.directory / name}.onnx: ONNX Runtime fails on {self.provider} ({_first_line(fault)}); "
+                f"free memory if that is short, or {instead}"
+            ) from fault
+        return results
 
 
 def _import_runtime() -> Any:
@@ -129,26 +160,29 @@ def _choose(runtime: Any, provider: str) -> tuple[str, str]:
     return "cpu", "cpu: the installed ONNX Runtime has no CUDA"
 
 
-def _session(runtime: Any, path: Path, provider: str, threads: int) -> tuple[bool, onnxruntime.InferenceSession]:
-    """Whether ``provider`` started, and the session."""
+def _session(runtime: Any, path: Path, provider: str, threads: int) -> onnxruntime.InferenceSession:
+    """A session on ``provider``, or on the CPU where that does not start (``_runs_on``)."""
     if not path.is_file():
         raise TokcompError(f"{path}: no such file; name a directory that edge-tokcomp export wrote")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # What is an error is raised as well.
     # Threads that spin while they wait take the cores from llama.cpp's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = [(_CUDA, _CUDA_OPTIONS), _CPU] if provider == "cuda" else [_CPU]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of a provider that did not start; our caller says so itself.
-            session = runtime.InferenceSession(str(path), options, providers=providers)
+            return runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as fault:  # ONNX Runtime's exceptions share no base but this.
         raise TokcompError(
             f"{path}: ONNX Runtime cannot load it ({_first_line(fault)}); export the tower again"
         ) from fault
-    return session.get_providers()[0] == (_CUDA if provider == "cuda" else _CPU), session
+
+
+def _runs_on(session: onnxruntime.InferenceSession, provider: str) -> bool:
+    return bool(session.get_providers()[0] == (_CUDA if provider == "cuda" else _CPU))
 
 
 def _first_line(fault: Exception) -> str:

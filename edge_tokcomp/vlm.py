@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 from .answers import Answer, AnswerStream, EncodedImage
 from .budget import parse_keep, tokens_to_keep
 from .errors import TokcompError, UsageError
-from .families import family_for, family_named
+from .families import family_named
 from .families.base import Pixels
 from .images import MAX_PIXELS, Image, open_image, wrap_image
 from .language.decoder import PlainDecoder, available_cores
@@ -105,15 +105,13 @@ class VLM:
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, precision: Literal["fp32", "int8"],
         provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
-        from .export.mmproj import Mmproj
         from .export.tower_files import cached_tower
 
         self.lm, self.mmproj, self.method, self.keep = lm, mmproj, method, keep
         self.precision, self.seed, self.max_pixels = precision, seed, max_pixels
         with ExitStack() as stack:
             self.model = stack.enter_context(LanguageModel.open(lm, gpu_layers=gpu_layers, threads=threads))
-            family_for(Mmproj(mmproj).metadata)
-            files = cached_tower(mmproj, precision)
+            files = cached_tower(mmproj, precision, threads=threads)
             self.spec, self.family = files.spec, family_named(files.spec.family)
             self.tower = Tower(files.directory, provider=provider, threads=threads)
             if self.tower.language_width != self.model.n_embd_inp:

@@ -113,7 +113,7 @@ def tower_shapes(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
         shapes["v.patch_embd.bias"] = (width,)
     if spec.class_token:
         shapes["v.class_embd"] = (width,)
-    norms = ["v.pre_ln"] * spec.pre_norm + ["v.post_ln"] * spec.post_norm
+    norms = ["v.pre_ln"] * spec.pre_norm
     linears: dict[str, tuple[int, int]] = {}
     for block in range(spec.blocks):
         norms += [f"v.blk.{block}.ln1", f"v.blk.{block}.ln2"]

@@ -66,7 +66,7 @@ def reference_tower(spec: TowerSpec, mmproj: Mmproj, pixels: Floats) -> tuple[Fl
         x = x + linear((attention @ value).transpose(0, 2, 1, 3).reshape(x.shape), f"{name}.attn_out")
         inner = linear(norm(x, f"{name}.ln2"), f"{name}.ffn_up")
         x = x + linear(ACTIVATIONS[spec.activation](inner), f"{name}.ffn_down")
-    return (norm(x, "v.post_ln") if spec.post_norm else x), cls_attention
+    return x, cls_attention
 
 
 def reference_projector(spec: TowerSpec, mmproj: Mmproj, rows: Floats) -> Floats:

@@ -2,7 +2,8 @@
 
 A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``) and ``tower.json``: the ``TowerSpec``,
 what was exported from what, the check's figures, and size and checksum of every file. It is built aside and renamed
-into place, so that it is whole or not there; of two builders at once the first one's is kept.
+into place, so that it is whole or not there; of two builders at once the first one's is kept. What a killed builder
+leaves behind is removed by the next one.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
-import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import family_for
 from edge_tokcomp.families.base import TowerSpec
 
+from .building import discard, folder_aside
 from .check import Check, Reference, check_tower
 from .mmproj import Mmproj, projector_shapes, tower_shapes
 from .vit import write_projector, write_tower
@@ -45,13 +48,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TowerFiles:
-    """An exported tower: where it is, its description, how far it is from the source, whether it was built just now."""
+    """An exported tower: where it is, its description, how far it is from the source."""
 
     directory: Path
     spec: TowerSpec
     precision: Precision
     check: Check
-    fresh: bool
 
 
 def export_tower(
@@ -63,44 +65,52 @@ def export_tower(
     the fastest choice of layers that stays within it.
     """
     target = Path(directory)
-    if target.exists():
-        raise TokcompError(f"{target} already exists; name a new directory or remove it")
-    partial = _build(Path(mmproj), target.parent, precision, _sha256(Path(mmproj)))
     try:
-        os.rename(partial, target)
+        target.lstat()
+    except FileNotFoundError:
+        pass
     except OSError as fault:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TokcompError(f"{target}: cannot be written ({fault.strerror})") from fault
-    return _read(target, fresh=True)
+        raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
+    else:
+        raise TokcompError(f"{target} already exists; name a new directory or remove it")
+    with _built(Path(mmproj), target.parent, precision, _sha256(Path(mmproj)), None) as partial:
+        try:
+            os.rename(partial, target)
+        except OSError as fault:
+            raise TokcompError(f"{target}: cannot be written ({fault.strerror})") from fault
+    return _read(target)
 
 
 def cached_tower(
-    mmproj: str | os.PathLike[str], precision: Precision = "fp32", cache: str | os.PathLike[str] | None = None
+    mmproj: str | os.PathLike[str],
+    precision: Precision = "fp32",
+    cache: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
 ) -> TowerFiles:
     """The tower of ``mmproj`` from the cache, built there when it is missing or damaged; raises ``TokcompError``.
 
     The key is the SHA-256 of the file, the exporter's version and the precision. ``cache`` defaults to
-    ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder.
+    ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder. ``threads``: of BLAS while a tower is built and
+    checked; as many as it has by default.
     """
     home = Path(cache) if cache is not None else cache_directory()
     digest = _sha256(Path(mmproj))
     target = home / f"{digest[:32]}-v{EXPORTER}-{precision}"
-    if target.exists():
+    if os.path.exists(target):
         try:
-            return _read(target, fresh=False)
+            return _read(target)
         except TokcompError as fault:
             _log.warning("%s; building the tower again", fault)
     _log.info("building the %s vision tower of %s in %s", precision, mmproj, target)
-    partial = _build(Path(mmproj), home, precision, digest)
-    try:
-        _move_into_place(partial, target)
-    except OSError as fault:
-        raise TokcompError(
-            f"{target}: cannot be written ({fault.strerror}); remove it or set EDGE_TOKCOMP_CACHE"
-        ) from fault
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _read(target, fresh=True)
+    with _built(Path(mmproj), home, precision, digest, threads) as partial:
+        try:
+            _move_into_place(partial, target)
+        except OSError as fault:
+            raise TokcompError(
+                f"{target}: cannot be written ({fault.strerror}); remove it or set EDGE_TOKCOMP_CACHE"
+            ) from fault
+    return _read(target)
 
 
 def cache_directory() -> Path:
@@ -113,7 +123,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get(variable) or Path.home() / fallback) / "edge-tokcomp"
 
 
-def _build(source: Path, beside: Path, precision: Precision, digest: str) -> Path:
+@contextmanager
+def _built(source: Path, beside: Path, precision: Precision, digest: str, threads: int | None) -> Iterator[Path]:
+    """The whole tower in a folder in ``beside``, to be renamed away; raises ``TokcompError``."""
     if precision not in get_args(Precision):
         raise UsageError(f"unknown precision {precision!r}; one of {', '.join(get_args(Precision))}")
     mmproj = Mmproj(source)
@@ -122,30 +134,23 @@ def _build(source: Path, beside: Path, precision: Precision, digest: str) -> Pat
     except TokcompError as fault:
         raise TokcompError(f"{source}: {fault}") from fault
     mmproj.require(tower_shapes(spec) | projector_shapes(spec, mmproj))
-    partial = beside / f".building-{uuid.uuid4().hex}"
-    try:
-        partial.mkdir(parents=True)
-    except OSError as fault:
-        raise TokcompError(
-            f"{beside}: cannot be written ({fault.strerror}); name another folder (for the cache, EDGE_TOKCOMP_CACHE)"
-        ) from fault
-    try:
-        check, left_alone = _write_graphs(spec, mmproj, partial, precision)
-        _log.info("%s tower of %s: %s", precision, source, check)
-        files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())}
-        body = {
-            "exporter": EXPORTER, "source": source.name, "source_sha256": digest, "precision": precision,
-            "left_in_fp32": left_alone, "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
-        }  # fmt: skip
-        text = json.dumps(body | {"crc32": _crc32_of(body)}, indent=1, sort_keys=True)
-        (partial / "tower.json").write_text(text, encoding="utf-8")
-    except OSError as fault:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TokcompError(f"{partial}: cannot be written ({fault.strerror})") from fault
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return partial
+    with folder_aside(beside) as partial:
+        try:
+            with threadpool_limits(limits=threads, user_api="blas"):
+                check, left_alone = _write_graphs(spec, mmproj, partial, precision)
+            _log.info("%s tower of %s: %s", precision, source, check)
+            files = {
+                path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())
+            }
+            body = {
+                "exporter": EXPORTER, "source": source.name, "source_sha256": digest, "precision": precision,
+                "left_in_fp32": left_alone, "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
+            }  # fmt: skip
+            text = json.dumps(body | {"crc32": _crc32_of(body)}, indent=1, sort_keys=True)
+            (partial / "tower.json").write_text(text, encoding="utf-8")
+        except OSError as fault:
+            raise TokcompError(f"{partial}: cannot be written ({fault.strerror})") from fault
+        yield partial
 
 
 def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precision) -> tuple[Check, tuple[str, ...]]:
@@ -178,15 +183,13 @@ def _move_into_place(partial: Path, target: Path) -> None:
             if not target.exists():
                 raise
         try:
-            _read(target, fresh=False)
+            _read(target)
             return
         except TokcompError:
-            grave = target.with_name(f".damaged-{uuid.uuid4().hex}")
-            os.rename(target, grave)
-            shutil.rmtree(grave, ignore_errors=True)
+            discard(target)
 
 
-def _read(directory: Path, fresh: bool) -> TowerFiles:
+def _read(directory: Path) -> TowerFiles:
     """The description of a directory whose files all are as they were written; raises ``TokcompError``."""
     try:
         body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
@@ -197,7 +200,7 @@ def _read(directory: Path, fresh: bool) -> TowerFiles:
             if path.stat().st_size != wanted["bytes"] or _crc32(path) != wanted["crc32"]:
                 raise TokcompError(f"{path} is damaged")
         spec, check = TowerSpec.from_dict(body["spec"]), Check(**body["check"])
-        return TowerFiles(directory, spec, body["precision"], check, fresh)
+        return TowerFiles(directory, spec, body["precision"], check)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise TokcompError(f"{directory}: not an exported tower ({fault})") from fault
 

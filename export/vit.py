@@ -54,8 +54,6 @@ def write_tower(spec: TowerSpec, mmproj: Mmproj, path: Path, int8: Collection[st
             x = graph.node("Add", x, attended)
             inner = graph.activation(linear(norm(x, f"{name}.ln2"), f"{name}.ffn_up"), spec.activation)
             x = graph.node("Add", x, linear(inner, f"{name}.ffn_down"))
-        if spec.post_norm:
-            x = norm(x, "v.post_ln")
         graph.output(x, "features", ("batch", spec.rows, spec.width))
         graph.save()
 

@@ -9,4 +9,3 @@ DEMO = Path(__file__).parent / "demo"
 
 DEMO_LM = DEMO / "demo-lm.gguf"
 DEMO_MMPROJ = DEMO / "demo-mmproj.gguf"
-DEMO_SAMPLES = DEMO / "samples"

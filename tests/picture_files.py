@@ -62,6 +62,13 @@ def tiff_rgb16(values: NDArray[Any]) -> bytes:
     return b"II*\0" + struct.pack("<I", 8 + len(data) + 6) + data + depths + directory + struct.pack("<I", 0)
 
 
+def grey_tiff(width: int, height: int, depth: int, sample_format: int, samples: bytes) -> bytes:
+    """Uncompressed grey of ``depth`` bits; ``sample_format`` 1 is unsigned, 2 signed."""
+    tags = [(256, 4, width), (257, 4, height), (258, 3, depth), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
+            (278, 4, height), (279, 4, len(samples)), (339, 3, sample_format)]  # fmt: skip
+    return tiff(tags, samples)
+
+
 def riff_webp(width: int, height: int) -> bytes:
     canvas = struct.pack("<I", 2) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBP" + b"VP8X" + struct.pack("<I", len(canvas)) + canvas

@@ -141,7 +141,12 @@ def usage_errors(folder: Path, pair: Pair) -> dict[str, list[str]]:
         "name an extension": ["caption", photos, *options, "--sidecar", "../x"],
         "--max-tokens 0": ["caption", photos, *options, "--max-tokens", "0"],
         "--threads 0": ["caption", photos, *options, "--threads", "0"],
+        "threads 100000 is more than": ["caption", photos, *options, "--threads", "100000"],
         "--ctx -1": ["caption", photos, *options, "--ctx", "-1"],
+        "--ctx 0": ["caption", photos, *options, "--ctx", "0"],
+        "File name too long": ["caption", photos, *options, "--out", str(folder / ("x" * 300 + ".jsonl"))],
+        "would be written over --out": ["caption", photos, *options, "--sidecar", "jsonl", "--overwrite", "--out",
+                                        str(folder / "p" / "0.jsonl")],
         "seed -1": ["caption", photos, *options, "--seed", "-1"],
         "is not an amount": ["caption", photos, *options, "--keep", "some"],
         "needs keep": ["caption", photos, *options, "--method", "todre"],
@@ -152,6 +157,7 @@ def usage_errors(folder: Path, pair: Pair) -> dict[str, list[str]]:
         "no.gguf": ["ask", str(folder / "p" / "0.png"), "what", "--lm", "no.gguf", "--mmproj", str(pair.mmproj)],
         "not an .npz": ["compress", str(other), "--method", "pool", "--keep", "2", "--out", str(folder / "x.npz")],
         "already exists": ["export", str(pair.mmproj), "--out", str(folder / "e")],
+        "the question contains '<image>'": ["caption", photos, *options, "--prompt", "{stem} <image>"],
     }  # fmt: skip
 
 
@@ -232,7 +238,7 @@ def test_compress_runs_a_method_on_arrays(tmp_path: Path, capsys: Captured) -> N
     cases: list[tuple[dict[str, Any], int]] = [
         ({"features": features}, 36), ({"features": np.asfortranarray(features)}, 36),
         ({"features": features.astype(np.float16), "grid": np.array([4, 9])}, 36),
-        ({"features": with_cls, "cls_attention": attention}, 37),
+        ({"features": with_cls, "cls_attention": attention, "grid": np.array([6, 6])}, 37),
         ({"features": features, "embeddings": features * 2, "keys": features[:, :3]}, 36),
         ({"features": features, "embeddings": features[:, :5], "query": features[:3, :5]}, 36),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import struct
 import sys
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image as Pil
-from PIL import ImageCms
+from PIL import ImageCms, ImageOps
 
 from edge_tokcomp.errors import ImageError
-from edge_tokcomp.images import open_image, wrap_image
-from picture_files import U8, chunk, noise, odd_cmyk, png, saved, smooth, tiff_rgb16
+from edge_tokcomp.images import MAX_PIXELS, open_image, wrap_image
+from picture_files import U8, chunk, grey_tiff, noise, odd_cmyk, png, saved, smooth, tiff_rgb16
 
 
 def pixels(data: bytes, **options: Any) -> U8:
@@ -122,10 +123,44 @@ def test_16_bit_grey_with_a_transparent_value_has_white_there() -> None:
     assert pixels(data)[..., 0].tolist() == [[255, 117], [255, 255]]
 
 
-@pytest.mark.parametrize("low", [-1, 70_000])
-def test_32_bit_grey_beyond_16_bits_is_refused(low: int) -> None:
-    with pytest.raises(ImageError, match="do not fit 16 bits"):
-        open_image(saved(Pil.fromarray(np.full((2, 2), low, np.int32)), "TIFF"))
+@pytest.mark.parametrize("wrong", [-1, 70_000])
+def test_32_bit_grey_beyond_16_bits_is_refused(wrong: int) -> None:
+    picture = Pil.fromarray(np.array([[0, wrong]], np.int32))
+    for opened in (lambda: open_image(saved(picture, "TIFF")), lambda: wrap_image(picture)):
+        with pytest.raises(
+            ImageError, match=rf"grey values .*{wrong}.* are not within 0\.\.(255|65535); save"
+        ) as fault:
+            opened()
+        assert "\n" not in str(fault.value)
+
+
+def test_32_bit_grey_is_scaled_by_the_range_of_its_values_and_says_so() -> None:
+    for values, wanted, note in (
+        ([0, 7, 255], [0, 7, 255], "32-bit grey with values of 8 bits"),
+        ([0, 256, 65535], [0, 1, 255], "32-bit grey with values of 16 bits, scaled to 8"),
+    ):
+        picture = Pil.fromarray(np.array([values], np.int32))
+        for image in (open_image(saved(picture, "TIFF")), wrap_image(picture)):
+            assert np.asarray(image.picture)[0].tolist() == [[value] * 3 for value in wanted]
+            assert image.notes == (note,)
+
+
+def test_deep_grey_is_scaled_by_the_depth_of_its_file() -> None:
+    """However dark the picture: 7 of 65535 is black, not 7 of 255."""
+    dark = np.array([[0, 7], [100, 200]], np.uint16)
+    twelve, signed = bytes([0x00, 0x0F, 0xFF, 0x00, 0x18, 0x00]), np.array([[0, 32767], [1, 16384]], "<i2").tobytes()
+    for data, wanted, note in (
+        (b"P5 2 2 65535\n" + dark.astype(">u2").tobytes(), [0, 0, 0, 1], "16-bit grey scaled to 8"),
+        (png(2, 2, 16, 0, dark.astype(">u2").tobytes()), [0, 0, 0, 1], "16-bit grey scaled to 8"),
+        (saved(Pil.fromarray(dark), "TIFF"), [0, 0, 0, 1], "16-bit grey scaled to 8"),
+        (grey_tiff(2, 2, 12, 1, twelve), [0, 255, 0, 128], "12-bit grey scaled to 8"),
+        (grey_tiff(2, 2, 16, 2, signed), [0, 255, 0, 128], "16-bit grey scaled to 8"),
+    ):
+        image = open_image(data)
+        assert np.asarray(image.picture)[..., 0].ravel().tolist() == wanted
+        assert image.notes == (note,)
+    with pytest.raises(ImageError, match=r"grey values -1\.\.32767 are not within 0\.\.32767"):
+        open_image(grey_tiff(2, 1, 16, 2, np.array([-1, 32767], "<i2").tobytes()))
 
 
 def test_floating_point_grey_must_lie_within_0_and_1() -> None:
@@ -230,16 +265,47 @@ def test_a_picture_from_memory_follows_the_same_rules() -> None:
     exif = Pil.Exif()
     exif[274] = 8
     data = saved(Pil.fromarray(np.ascontiguousarray(STORED[8](noise()))), "PNG", exif=exif)
-    opened = Pil.open(io.BytesIO(data))
-    assert np.array_equal(np.asarray(wrap_image(opened).picture), noise())
-    turned = Pil.open(io.BytesIO(data)).rotate(90, expand=True)  # carries the old EXIF along
-    assert np.array_equal(np.asarray(wrap_image(turned).picture), noise())
+    assert np.array_equal(np.asarray(wrap_image(Pil.open(io.BytesIO(data))).picture), noise())
     with pytest.raises(ImageError, match="truncated"):
         wrap_image(Pil.open(io.BytesIO(data[:-60])))
-    with pytest.raises(ImageError, match="limit of 10"):
-        wrap_image(Pil.open(io.BytesIO(data)), max_pixels=10)
     rgba = noise(channels=4)
     assert np.abs(np.asarray(wrap_image(Pil.fromarray(rgba)).picture) - over_white(rgba)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda picture: picture.copy(),
+        lambda picture: picture.convert("RGBA"),
+        lambda picture: picture.resize(picture.size),
+        lambda picture: picture.crop((0, 0, *picture.size)),
+        ImageOps.exif_transpose,
+        lambda picture: wrap_image(picture).picture,
+        lambda picture: wrap_image(picture).picture.copy(),
+    ],
+)
+@pytest.mark.parametrize(("form", "tag"), [("PNG", "exif"), ("TIFF", "exif"), ("WEBP", "exif"), ("WEBP", "xmp")])
+def test_exif_orientation_of_a_derived_picture_is_applied_once(
+    derive: Callable[[Pil.Image], Pil.Image], form: str, tag: str
+) -> None:
+    exif = Pil.Exif()
+    exif[274] = 6
+    where = {"exif": exif} if tag == "exif" else {"xmp": b'<x tiff:Orientation="6"/>'}
+    stored = Pil.fromarray(np.ascontiguousarray(STORED[6](noise())))
+    data = saved(stored, form, **where, **({"lossless": True} if form == "WEBP" else {}))
+    picture = derive(Pil.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(wrap_image(picture).picture), noise())
+
+
+def test_the_pixel_limit_holds_for_pictures_from_memory() -> None:
+    opened = Pil.open(io.BytesIO(saved(Pil.fromarray(noise(12, 20)), "PNG")))
+    for picture in (opened, opened.copy(), opened.convert("L"), Pil.fromarray(noise(12, 20))):
+        assert wrap_image(picture, max_pixels=240).width == 20
+        with pytest.raises(ImageError, match="240 pixels, more than the limit of 239"):
+            wrap_image(picture, max_pixels=239)
+    assert inspect.signature(wrap_image).parameters["max_pixels"].default == MAX_PIXELS
+    with pytest.raises(ImageError, match="0 x 5 has no pixels"):
+        wrap_image(Pil.new("RGB", (0, 5)))
 
 
 def test_the_hash_is_of_the_files_bytes_or_of_the_pixels(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -99,46 +98,11 @@ def test_block_quantised_token_tables(tmp_path: Path, quantization: str) -> None
         compare_rows_with_tokens(opened, quantization)
 
 
-def torch_llama(tiny: TinyModel) -> Any:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    names = {
-        "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    state = {
-        "model.embed_tokens.weight": tiny.weights["token_embd.weight"],
-        "model.norm.weight": tiny.weights["output_norm.weight"],
-        "lm_head.weight": tiny.weights["output.weight"],
-    }
-    for name, weight in tiny.weights.items():
-        if name.startswith("blk."):
-            _, layer, kind, leaf = name.split(".")
-            state[f"model.layers.{layer}.{names[kind]}.{leaf}"] = weight
-    sizes: dict[str, Any] = {
-        "vocab_size": tiny.n_vocab, "hidden_size": tiny.n_embd, "intermediate_size": tiny.n_ff,
-        "num_hidden_layers": tiny.n_layer, "num_attention_heads": tiny.n_head, "num_key_value_heads": tiny.n_head,
-        "max_position_embeddings": tiny.n_ctx_train, "rms_norm_eps": tiny.norm_eps, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": tiny.rope_base},
-    }  # fmt: skip
-    if tiny.architecture == "llama":
-        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    else:
-        sizes["rope_parameters"]["mrope_section"] = [2, 3, 3]
-        reference = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLTextModel(
-            transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLTextConfig(**sizes)
-        )
-        state = {name.removeprefix("model."): weight for name, weight in state.items() if name != "lm_head.weight"}
-    reference.load_state_dict({name: torch.from_numpy(weight) for name, weight in state.items()})
-    return reference.eval()
-
-
 @pytest.mark.slow
 def test_logits_and_greedy_text_equal_transformers(tiny: TinyModel, model: LanguageModel) -> None:
     """Text, 24 random image rows, text: f32 weights, default (f16) and f32 key-value cache."""
     torch = pytest.importorskip("torch")
-    reference = torch_llama(tiny)
+    reference = pytest.importorskip("by_transformers").torch_llama(tiny)
     embedding = TokenEmbedding.of(model)
     middle = random_rows(24, seed=3).embeddings
     rows = np.concatenate([embedding.lookup(TOKENS[:5]), middle, embedding.lookup(TOKENS[5:9])])
@@ -164,7 +128,7 @@ def test_image_positions_equal_transformers(tmp_path: Path) -> None:
     """M-RoPE: a 4x5 image of which every third row is left out keeps its original positions."""
     torch = pytest.importorskip("torch")
     written = write_tiny_model(tmp_path / "m.gguf", "qwen2vl")
-    reference = torch_llama(written)
+    reference = pytest.importorskip("by_transformers").torch_llama(written)
     rows, positions = image_prompt()
     with torch.no_grad():
         where = torch.from_numpy(positions[:3, None].astype(np.int64))

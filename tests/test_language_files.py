@@ -81,8 +81,6 @@ def test_chat_template_longer_than_any_buffer_is_read_whole(tmp_path: Path) -> N
     path = write_tiny_llama(tmp_path / "m.gguf", chat_template=template).path
     with LanguageModel.open(path, threads=1) as model:
         assert model.chat_template == template
-        assert model.handle.metadata("tokenizer.chat_template") == template
-        assert model.handle.metadata("no.such.key") is None
 
 
 def test_text_survives_the_tokenizer(tiny: TinyModel) -> None:

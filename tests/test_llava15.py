@@ -106,7 +106,6 @@ def test_values_come_from_the_file(tmp_path):
     assert (spec.width, spec.heads, spec.ffn_width, spec.blocks, spec.attention_block) == (32, 2, 48, 2, 1)
     assert spec.activation == "gelu"
     assert spec.pre_norm
-    assert not spec.post_norm
     assert spec.image_mean == pytest.approx(MEAN)
     assert TowerSpec.from_dict(spec.to_dict()) == spec
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import zipfile
 
 import numpy as np
@@ -166,6 +168,16 @@ def test_saved_plans_come_back_the_same(tmp_path, plan):
         assert (one is None and two is None) or (np.array_equal(one, two) and one.dtype == two.dtype)
 
 
+def test_a_saved_plan_has_the_mode_of_any_new_file(tmp_path):
+    for mask in (0o022, 0o007):
+        before = os.umask(mask)
+        try:
+            merging_plan().save(tmp_path / "a.plan")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "a.plan").stat().st_mode) == 0o666 & ~mask
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     merging_plan().save(tmp_path / "a.plan")
     before = (tmp_path / "a.plan").read_bytes()
@@ -211,6 +223,7 @@ HOSTILE = {
     "no members": npz(),
     "missing rank": npz(**{k: v for k, v in GOOD.items() if k != "rank"}),
     "pickled object": npz(**GOOD | {"keep": npy(np.array([{"a": 1}], object))}),
+    "names that are no characters": npz(**GOOD | {"stats_names": npy(np.array([2**31 - 1], "<i4").view("<U1"))}),
     "huge declared shape": npz(**GOOD | {"keep": header(HUGE)}),
     "zip bomb": npz(zipfile.ZIP_DEFLATED, **GOOD | {"bomb": bytes(80 << 20)}),
     "header that is no dictionary": npz(**GOOD | {"keep": header("((((")}),
@@ -224,16 +237,19 @@ HOSTILE = {
     "nothing before": npz(**GOOD | {"before": npy(np.int64(0))}),
     "names without values": npz(**GOOD | {"stats_values": npy(np.array([]))}),
     "weight without assign": npz(**GOOD | {"weight": npy(np.ones(2, np.float32))}),
+    "weight beyond float32": npz(**GOOD | {"assign": npy(np.zeros(2, int)), "weight": npy(np.full(2, 1e300))}),
     "infinite weight": npz(**GOOD | {"assign": npy(np.zeros(2, int)), "weight": npy(np.full(2, np.inf))}),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.filterwarnings("error")
 def test_files_that_are_no_plans_are_refused_by_name(tmp_path, name):
     path = tmp_path / "hostile.plan"
     path.write_bytes(HOSTILE[name])
-    with pytest.raises(TokcompError, match=r"hostile\.plan: not a plan file"):
+    with pytest.raises(TokcompError, match=r"hostile\.plan: not a plan file") as fault:
         Plan.load(path)
+    assert "\n" not in str(fault.value)
 
 
 def test_the_file_the_hostile_ones_are_made_from_is_good(tmp_path):

@@ -151,7 +151,7 @@ def test_reference_equals_transformers(tiny):
 
 
 @pytest.mark.parametrize("silu", [True, False])
-def test_a_tower_without_cls_and_with_post_norm_equals_the_reference(tmp_path, silu):
+def test_a_tower_without_cls_equals_the_reference(tmp_path, silu):
     path = tmp_path / "m.gguf"
     write_mmproj(
         path,
@@ -198,10 +198,10 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, tiny):
 
 
 def test_export_says_how_far_it_is_and_never_overwrites(exported, tiny):
-    assert exported.fresh
     assert 0 < exported.check.features <= 1e-4
     assert "cosine 1.00000" in str(exported.check)
-    assert TowerSpec.load(exported.directory) == exported.spec
+    described = json.loads((exported.directory / "tower.json").read_text(encoding="utf-8"))
+    assert TowerSpec.from_dict(described["spec"]) == exported.spec
     with pytest.raises(TokcompError, match="already exists"):
         export_tower(tiny.path, exported.directory)
 
@@ -216,17 +216,32 @@ def test_faults_of_the_source_name_the_file(tmp_path):
         cached_tower(tmp_path / "m.gguf", "int4", tmp_path / "cache")
 
 
-def test_a_tower_is_built_once_for_a_content_and_a_precision(tmp_path, tiny):
-    first = cached_tower(tiny.path, cache=tmp_path)
-    again = cached_tower(tiny.path, cache=tmp_path)
-    assert (first.fresh, again.fresh) == (True, False)
-    assert (again.directory, again.spec, again.check) == (first.directory, first.spec, first.check)
+@pytest.fixture
+def builds(monkeypatch):
+    """The precisions of the towers that were built, in order."""
+    seen = []
+
+    def counted(spec, mmproj, into, precision):
+        seen.append(precision)
+        return write_graphs(spec, mmproj, into, precision)
+
+    write_graphs = tower_files._write_graphs
+    monkeypatch.setattr(tower_files, "_write_graphs", counted)
+    return seen
+
+
+def test_a_tower_is_built_once_for_a_content_and_a_precision(tmp_path, tiny, builds):
+    cache = tmp_path / "cache"
+    first = cached_tower(tiny.path, cache=cache)
+    assert cached_tower(tiny.path, cache=cache) == first
     moved = tmp_path / "elsewhere.gguf"
     moved.write_bytes(tiny.path.read_bytes())
-    assert not cached_tower(moved, cache=tmp_path).fresh
-    assert cached_tower(tiny.path, "int8", tmp_path).fresh
+    assert cached_tower(moved, cache=cache) == first
+    assert builds == ["fp32"]
+    assert cached_tower(tiny.path, "int8", cache).directory != first.directory
     changed = write_mmproj(tmp_path / "other.gguf", seed=9)
-    assert cached_tower(changed.path, cache=tmp_path).directory != first.directory
+    assert cached_tower(changed.path, cache=cache).directory != first.directory
+    assert builds == ["fp32", "int8", "fp32"]
 
 
 def test_a_newer_exporter_builds_anew(tmp_path, tiny, monkeypatch):
@@ -249,23 +264,25 @@ def flip(path):
     "name", ["tower.onnx", "tower.onnx.data", "projector.onnx", "projector.onnx.data", "tower.json"]
 )
 @pytest.mark.parametrize("harm", [cut, flip, lambda path: path.unlink(), lambda path: path.write_bytes(b"[]")])
-def test_a_damaged_cache_entry_is_built_again(tmp_path, tiny, name, harm):
+def test_a_damaged_cache_entry_is_built_again(tmp_path, tiny, name, harm, builds):
     first = cached_tower(tiny.path, cache=tmp_path)
     wanted = (first.directory / "tower.onnx.data").read_bytes()
     harm(first.directory / name)
     again = cached_tower(tiny.path, cache=tmp_path)
-    assert again.fresh
+    assert len(builds) == 2
     assert again.directory == first.directory
     assert (again.directory / "tower.onnx.data").read_bytes() == wanted
     assert [path.name for path in tmp_path.iterdir()] == [first.directory.name]
 
 
-def test_builders_at_once_agree_and_leave_nothing_behind(tmp_path, tiny):
+def test_builders_at_once_agree_and_leave_nothing_behind(tmp_path, tiny, builds):
     with ThreadPoolExecutor(4) as pool:
         built = list(pool.map(lambda _: cached_tower(tiny.path, cache=tmp_path), range(4)))
     assert len({files.directory for files in built}) == 1
     assert len(list(tmp_path.iterdir())) == 1
-    assert not cached_tower(tiny.path, cache=tmp_path).fresh
+    del builds[:]
+    assert cached_tower(tiny.path, cache=tmp_path).directory == built[0].directory
+    assert builds == []
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):

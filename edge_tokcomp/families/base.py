@@ -1,4 +1,4 @@
-"""What a family of vision-language models is: preprocessing, layout, marker text, positions and the tower's recipe.
+"""What a family of vision-language models is: preprocessing, layout, marker text and the tower's recipe.
 
 ``TowerSpec`` describes a vision transformer completely enough to rebuild it from an mmproj GGUF's tensors and to feed
 it pictures; the exporter writes it beside the ONNX files, so that nothing has to be asked of the GGUF again.
@@ -7,11 +7,9 @@ it pictures; the exporter writes it beside the ONNX files, so that nothing has t
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -34,9 +32,9 @@ class TowerSpec:
 
     ``image_size``, ``patch_size``: pixels. ``width``: D. ``blocks``: how many are run; the features are the output of
     the last of them. ``class_token``: row 0 is the CLS row. ``attention_block``: the block whose CLS attention is an
-    output (None without a CLS). ``patch_bias``, ``pre_norm``, ``post_norm``: whether the patch embedding has a bias and
-    whether a LayerNorm stands before the first and after the last block. ``projector_prefixes``: the projector's
-    tensors, in order. ``image_mean``, ``image_std``: of the three channels, pixels scaled to 0..1.
+    output (None without a CLS). ``patch_bias``, ``pre_norm``: whether the patch embedding has a bias and whether a
+    LayerNorm stands before the first block. ``projector_prefixes``: the projector's tensors, in order. ``image_mean``,
+    ``image_std``: of the three channels, pixels scaled to 0..1.
 
     Raises ``TokcompError`` when the values cannot describe a tower: they come from files.
     """
@@ -58,7 +56,6 @@ class TowerSpec:
     attention_block: int | None
     patch_bias: bool = False
     pre_norm: bool = False
-    post_norm: bool = False
 
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
@@ -113,15 +110,6 @@ class TowerSpec:
         except (KeyError, TypeError) as fault:
             raise TokcompError(f"not a tower description ({fault}); export the tower again") from fault
 
-    @classmethod
-    def load(cls, directory: str | Path) -> TowerSpec:
-        """Read the description beside an exported tower (``tower.json``); raises ``TokcompError``."""
-        path = Path(directory) / "tower.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))["spec"])
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise TokcompError(f"{path}: not a tower description ({fault}); export the tower again") from fault
-
 
 _LARGEST = {
     "image_size": 8192,
@@ -156,10 +144,6 @@ class Family(Protocol):
     @property
     def name(self) -> str:
         """Short and unique; stands in ``TowerSpec.family`` and in records."""
-
-    @property
-    def positions(self) -> Literal["contiguous"]:
-        """How the language model counts the image's rows."""
 
     @property
     def causal(self) -> bool:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -49,7 +48,6 @@ class Llava15:
     """See the module's text."""
 
     name: str = "llava15"
-    positions: Literal["contiguous"] = "contiguous"
     causal: bool = True
 
     def matches(self, metadata: Metadata) -> bool:

@@ -101,10 +101,6 @@ class Handle:
             raise ValueError(f"{type(self).__name__} is closed")
         return self._pointer
 
-    @property
-    def closed(self) -> bool:
-        return not self._finalizer.alive
-
     def close(self) -> None:
         self._finalizer()
 
@@ -178,18 +174,6 @@ class Model(Handle):
 
     def is_end(self, token: int) -> bool:
         return bool(llama.llama_vocab_is_eog(self.vocab, token))
-
-    def metadata(self, key: str) -> str | None:
-        """A scalar metadata value as text, ``None`` where the file has none."""
-        size = 256
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            needed = int(llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, size))
-            if needed < 0:
-                return None
-            if needed < size:
-                return buffer.value.decode("utf-8", errors="replace")
-            size = needed + 1
 
     def chat_template(self) -> str | None:
         text = llama.llama_model_chat_template(self.pointer, None)
@@ -321,10 +305,6 @@ class Context(Handle):
         """Forget positions from ``start`` on (all by default); False when this memory cannot be cut there."""
         return bool(llama.llama_memory_seq_rm(self.memory, sequence, start, -1))
 
-    def last_position(self, sequence: int) -> int:
-        """The highest position in the cache, -1 for an empty sequence."""
-        return int(llama.llama_memory_seq_pos_max(self.memory, sequence))
-
     def clear(self) -> None:
         llama.llama_memory_clear(self.memory, False)
 
@@ -359,9 +339,6 @@ class SamplerChain(Handle):
         token = int(array.data[array.selected].id)
         llama.llama_sampler_accept(self.pointer, token)
         return token
-
-    def reset(self) -> None:
-        llama.llama_sampler_reset(self.pointer)
 
 
 def _pointer(array: NDArray[Any], item: Any) -> Any:

@@ -25,8 +25,8 @@ class Generation(Iterator[str]):
     """Iterate for the text, piece by piece; what is known of the run stands in the attributes.
 
     ``tokens``: ids generated so far, the end token included. ``finish_reason``: ``"stop"`` (end token or stop string),
-    ``"length"`` (``max_tokens``), ``"context"`` (no room left), ``None`` before the end. ``first_token_s``: seconds from
-    the first ``next`` to the first token, prompt included. ``generate_s``: seconds from there to the last token.
+    ``"length"`` (``max_tokens``), ``"context"`` (no room left), ``None`` before the end. ``first_token_s``: seconds
+    from the first ``next`` to the first token, prompt included. ``generate_s``: from there to the last token.
 
     The sequence then holds the prompt and all tokens but the last; ``decoder.drop`` it when it is not needed.
     """

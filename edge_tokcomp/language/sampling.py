@@ -83,10 +83,6 @@ class Sampler:
             )
         return self._chain.sample(logits)
 
-    def reset(self) -> None:
-        """Forget the tokens chosen so far and start the random state anew."""
-        self._chain.reset()
-
     def close(self) -> None:
         """Free the chain; a second call does nothing."""
         self._chain.close()

@@ -320,7 +320,8 @@ def finite_float32(label: str, array: Array, axis: int = 0, names: Ints | None =
     if array_api_compat.is_torch_array(array):
         array = array.detach()
     xp = array_namespace(array)
-    array = xp.astype(array, xp.float32, copy=False)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused below
+        array = xp.astype(array, xp.float32, copy=False)
     finite = xp.isfinite(array)
     if not bool(xp.all(finite)):
         row = int(np.argmin(to_numpy(xp.all(finite, axis=1 - axis))))

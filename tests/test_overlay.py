@@ -1,0 +1,64 @@
+"""The strip below an overlay: the counts are always there, whatever the method is called."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import ImageDraw, ImageFont
+
+from edge_tokcomp.families.base import Pixels, TowerSpec
+from edge_tokcomp.overlay import draw_overlay
+from edge_tokcomp.tokens import Layout, Plan
+
+SPEC = TowerSpec(
+    family="llava15", image_size=48, patch_size=8, width=64, heads=4, ffn_width=128, blocks=3, activation="gelu",
+    eps=1e-6, image_mean=(0, 0, 0), image_std=(1, 1, 1), projector="mlp", projector_prefixes=("mm.0", "mm.2"),
+    class_token=False, attention_block=None,
+)  # fmt: skip
+PLAN = Plan(np.arange(9), np.arange(9), 36, 36)
+LONG = "prunesid:" + ",".join(f"option_{number}=0.125" for number in range(12))
+
+
+def strip(method: str) -> NDArray[np.bool_]:
+    """Where there is writing below the picture."""
+    pixels = Pixels(np.zeros((1, 3, 48, 48), np.float32), ((6, 6),))
+    drawn = np.asarray(draw_overlay(pixels, SPEC, Layout.of_grids((6, 6)), PLAN, method))[-34:]
+    return np.asarray((drawn != (24, 24, 24)).any(axis=-1))
+
+
+@pytest.fixture
+def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is written."""
+    written: list[str] = []
+    text = ImageDraw.ImageDraw.text
+
+    def listening(pen: ImageDraw.ImageDraw, place: tuple[int, int], label: str, *rest: object, **more: object) -> None:
+        written.append(label)
+        text(pen, place, label, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", listening)
+    return written
+
+
+def test_counts_come_first_and_a_long_method_is_cut(labels: list[str]) -> None:
+    counts = "36 to 9 (25.0 %)  "
+    room = round(ImageFont.load_default(size=18).getlength(counts))
+    short, long = strip("pool"), strip(LONG)
+    assert labels[0] == counts + "pool"
+    assert labels[1].startswith(counts + "prunesid:option_0=0.125,")
+    assert labels[1].endswith("...")
+    assert np.array_equal(short[:, :room], long[:, :room])
+    assert short[:, :room].any()
+    assert not long[:, -8:].any()
+    assert long[:, -60:].any()
+
+
+def test_a_method_that_fits_to_the_pixel_is_not_cut(labels: list[str]) -> None:
+    font, method = ImageFont.load_default(size=18), ""
+    while font.getlength("36 to 9 (25.0 %)  " + method + "x") <= 672 - 20:
+        method += "x"
+    strip(method)
+    strip(method + "x")
+    assert labels[0].endswith("x")
+    assert labels[1].endswith("x...")
