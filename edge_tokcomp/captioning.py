@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from . import __version__
-from .errors import TokcompError, UsageError
+from .errors import TokcompError
 from .images import open_image, read_bytes
-from .records import Earlier, Record, Sink, read_earlier, write_sidecar
+from .parameters import Parameters, automatic_choices, hash_of_model, params_hash
+from .records import Earlier, Record, Sink
+from .resume import Done
+from .sidecars import SidecarError, holds, is_filled, sidecar_path, write_sidecar
 from .sources import Source
-from .vlm import CAPTION_PROMPT, VLM
+from .text import encodable
+from .vlm import VLM
 
 logger = logging.getLogger(__name__)
+
+_FAILURES_SHOWN = 5
 
 
 class Progress(Protocol):
@@ -34,31 +39,12 @@ class Progress(Protocol):
         """One picture is finished, or was found finished (``skipped``)."""
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Everything that decides a caption, apart from the picture. ``prompt`` may hold ``{stem}`` and ``{parent}``."""
-
-    prompt: str = CAPTION_PROMPT
-    max_tokens: int = 256
-
-    def for_source(self, source: Source) -> Parameters:
-        """With the placeholders of the prompt filled in."""
-        if not self.varies:
-            return self
-        parent = source.path.absolute().parent.name
-        return replace(self, prompt=self.prompt.replace("{stem}", source.path.stem).replace("{parent}", parent))
-
-    @property
-    def varies(self) -> bool:
-        """Whether the prompt is another for every picture."""
-        return "{stem}" in self.prompt or "{parent}" in self.prompt
-
-
 @dataclass(eq=False)
 class Summary:
-    """Counts of a run, and the failures with their reasons."""
+    """Counts of a run, and the failures with their reasons. Of the ``ok``, ``copied`` had bytes captioned before."""
 
     ok: int = 0
+    copied: int = 0
     skipped: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     interrupted: bool = False
@@ -75,79 +61,30 @@ class Summary:
             self.skipped += 1
         else:
             self.ok += 1
-            if "first_token" in record.timings_ms:
+            if record.computed:
                 self.first_token_ms.append(record.timings_ms["first_token"])
                 self.tokens_before += record.tokens_before
                 self.tokens_after += record.tokens_after
+            else:
+                self.copied += 1
+
+    def lines(self) -> list[str]:
+        """The counts in one line, then the first failures, a line each: all of them were told when they happened."""
+        lines = [str(self), *(f"  failed: {name}: {reason}" for name, reason in self.failures[:_FAILURES_SHOWN])]
+        if (more := len(self.failures) - _FAILURES_SHOWN) > 0:
+            lines.append(f"  and {more:,} more")
+        return lines
 
     def __str__(self) -> str:
-        parts = [f"{self.ok} captioned", f"{self.skipped} skipped", f"{len(self.failures)} failed"]
-        if self.ok and self.seconds:
-            parts.append(f"{self.ok / self.seconds:.2f} images/s")
+        copies = f" ({self.copied} copied)" if self.copied else ""
+        parts = [f"{self.ok} captioned{copies}", f"{self.skipped} skipped", f"{len(self.failures)} failed"]
+        if self.seconds and self.ok > self.copied:
+            parts.append(f"{(self.ok - self.copied) / self.seconds:.2f} images/s")
         if self.first_token_ms:
             parts.append(f"median time to first token {statistics.median(self.first_token_ms):.0f} ms")
         if self.tokens_before:
             parts.append(f"image tokens {self.tokens_before:,} → {self.tokens_after:,}")
         return ", ".join(parts)
-
-
-def params_hash(vlm_hash: str, parameters: Parameters) -> str:
-    """Identifies model files, method, budget, prompt and sampling: a change of any makes pictures due again."""
-    return hashlib.sha256(json.dumps([vlm_hash, asdict(parameters)]).encode()).hexdigest()[:16]
-
-
-def _vlm_hash(vlm: VLM) -> str:
-    values = {
-        "lm": _fingerprint(vlm.lm), "mmproj": _fingerprint(vlm.mmproj), "method": repr(vlm.method),
-        "keep": vlm.keep, "seed": vlm.seed, "precision": vlm.precision,
-    }  # fmt: skip
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> str:
-    """Size, head and 64 samples of a model file: hashing gigabytes would delay every start."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        digest.update(stream.read(1 << 20))
-        for part in range(64):
-            stream.seek(size * part // 64)
-            digest.update(stream.read(1 << 14))
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Done:
-    """What an earlier run left.
-
-    ``captions`` by (file hash, parameters); ``copies``: the ids of those that stand there under several;
-    ``errors`` rows; ``last`` caption of a file hash.
-    """
-
-    captions: dict[tuple[str, str], Earlier] = field(default_factory=dict)
-    copies: frozenset[tuple[str, str, str]] = frozenset()
-    errors: frozenset[tuple[str, str, str]] = frozenset()
-    last: dict[str, Earlier] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path | None) -> Done:
-        """From an output file; empty without one. Raises ``TokcompError`` if the file holds something else."""
-        captions: dict[tuple[str, str], Earlier] = {}
-        copies, errors, last = set(), set(), {}
-        for earlier in read_earlier(path) if path else ():
-            key = earlier.sha256, earlier.params_hash
-            if not earlier.ok:
-                errors.add((earlier.id, earlier.sha256, earlier.error))
-                continue
-            if key in captions:
-                copies |= {(captions[key].id, *key), (earlier.id, *key)}
-            captions[key] = last[earlier.sha256] = earlier
-        return cls(captions, frozenset(copies), frozenset(errors), last)
-
-    def has(self, name: str, sha256: str, parameters: str) -> bool:
-        """Whether the picture of that id, with those bytes, is done with those parameters."""
-        earlier = self.captions.get((sha256, parameters))
-        return earlier is not None and (earlier.id == name or (name, sha256, parameters) in self.copies)
 
 
 def caption_all(
@@ -164,19 +101,19 @@ def caption_all(
 ) -> Summary:
     """Caption ``sources`` into ``sink``.
 
+    ``check_context``, ``check_sidecars`` and ``check_ids`` refuse what would fail for every picture or spoil a file; it
+    is for the caller to ask them first.
+
     A picture whose bytes and parameters stand in ``done`` is skipped; its ``sidecar`` (an extension such as ``.txt``)
     is written from the record if it is missing. Without ``done``, where nothing but sidecars is written, a picture is
     skipped when its sidecar is there and not empty. A sidecar that says something else than an earlier record is
     replaced only with ``overwrite``. The same bytes under another name get a row of their own without being computed
-    again. A picture that fails gives an error row, once, and is tried again by the next run.
+    again. A picture that fails gives an error row, unless its last row says the same, and is tried again by the next
+    run. A sidecar that cannot be written is a failure too, but its caption is kept in the record and tried from there.
 
     An interrupt (SIGINT, SIGTERM) calls ``on_stop`` and lets the current picture finish; a second one raises
-    ``KeyboardInterrupt``. Raises ``UsageError`` when no picture could be captioned so, ``TokcompError`` when output
-    cannot be written.
+    ``KeyboardInterrupt``. Raises ``TokcompError`` when the output cannot be written.
     """
-    check_context(vlm, parameters)
-    if sidecar:
-        check_sidecars(sources, sidecar)
     job = _Job(vlm, parameters, done, sidecar, overwrite)
     summary, started = Summary(), time.perf_counter()
     try:
@@ -186,45 +123,13 @@ def caption_all(
                     summary.interrupted = True
                     break
                 record, skipped = job.caption(source)
-                job.deliver(source, record, skipped, sink)
-                summary.count(record, skipped)
+                told = job.deliver(source, record, skipped, sink)
+                summary.count(told, skipped)
                 if progress:
-                    progress.done(record, skipped)
+                    progress.done(told, skipped)
     finally:
         summary.seconds = time.perf_counter() - started
     return summary
-
-
-def check_context(vlm: VLM, parameters: Parameters) -> None:
-    """Raise ``UsageError`` when the context has not the rows that a picture and the prompt take at least."""
-    needed = vlm.rows_needed(Parameters.prompt if parameters.varies else parameters.prompt)
-    if needed > vlm.decoder.n_ctx:
-        raise UsageError(
-            f"image and prompt need {needed} rows of context, there are {vlm.decoder.n_ctx}; "
-            "shorten --prompt, keep fewer image tokens or raise --ctx"
-        )
-
-
-def sidecar_path(source: Source, extension: str) -> Path:
-    """Where the caption of ``source`` goes: ``a.jpg`` to ``a.txt``."""
-    return source.path.with_suffix(extension)
-
-
-def check_sidecars(sources: Sequence[Source], extension: str) -> None:
-    """Raise ``UsageError`` when two pictures would share a sidecar, or one would be written over a picture."""
-    pictures = {os.path.normcase(os.path.abspath(source.path)): source for source in sources}
-    owners: dict[str, Source] = {}
-    for source in sources:
-        beside = sidecar_path(source, extension)
-        key = os.path.normcase(os.path.abspath(beside))
-        if key in pictures:
-            raise UsageError(f"the sidecar of {source.id} would be written over the picture {pictures[key].id}")
-        if key in owners:
-            raise UsageError(
-                f"{owners[key].id} and {source.id} would share the sidecar {beside.name}; "
-                "rename one, or write to --out instead"
-            )
-        owners[key] = source
 
 
 def count_done(
@@ -242,19 +147,20 @@ class _Job:
     def __init__(
         self, vlm: VLM, parameters: Parameters, done: Done | None, sidecar: str | None, overwrite: bool
     ) -> None:
-        self.vlm, self.parameters, self.vlm_hash = vlm, parameters, _vlm_hash(vlm)
+        self.vlm, self.parameters, self.vlm_hash = vlm, parameters, hash_of_model(vlm)
         self.done = Done() if done is None or overwrite else done
         self.sidecar, self.overwrite = sidecar, overwrite
         self.sidecar_decides = done is None and sidecar is not None and not overwrite
         self.made: dict[tuple[str, str], Earlier] = {}
+        self.choices = lru_cache(maxsize=1)(partial(automatic_choices, vlm))
 
     def is_done(self, source: Source) -> bool:
         """Whether nothing is left to compute or to write for a picture."""
-        if self._has_sidecar(source):
-            return True
-        if not self.done.captions:
-            return False
         try:
+            if self._has_sidecar(source):
+                return True
+            if not self.done.captions:
+                return False
             digest = hashlib.sha256(read_bytes(source.path)).hexdigest()
         except TokcompError:
             return False
@@ -265,8 +171,9 @@ class _Job:
         parameters = self.parameters.for_source(source)
         record = Record(
             id=source.id, sha256="", status="ok", error="", caption="", width=0, height=0, tokens_before=0,
-            tokens_after=0, method=str(self.vlm.method), keep=self.vlm.keep, model=self.vlm.lm.name, seed=self.vlm.seed,
-            timings_ms={}, version=__version__, params_hash=params_hash(self.vlm_hash, parameters),
+            tokens_after=0, method=str(self.vlm.method), keep=self.vlm.keep, model=encodable(self.vlm.lm.name),
+            seed=self.vlm.seed, timings_ms={}, version=__version__,
+            params_hash=params_hash(self.vlm_hash, parameters), root=source.root,
         )  # fmt: skip
         try:
             if self._has_sidecar(source):
@@ -279,48 +186,51 @@ class _Job:
                 return _again(record, earlier), self.done.has(record.id, *key)
             return self._new(record, parameters, data, started), False
         except TokcompError as fault:
-            return replace(record, status="error", error=str(fault)), False
+            return _failed(record, str(fault)), False
         except Exception as fault:
             # A fault of ours must not keep an overnight run from the pictures behind this one.
             logger.exception("%s: internal error, please report it", source.id)
             reason = " ".join(str(fault).split())
-            return replace(record, status="error", error=f"internal error ({type(fault).__name__}: {reason})"), False
+            return _failed(record, f"internal error ({type(fault).__name__}: {reason})"), False
 
-    def deliver(self, source: Source, record: Record, skipped: bool, sink: Sink) -> None:
-        """Record first, then sidecar: a run that ends in between is put right by the next."""
+    def deliver(self, source: Source, record: Record, skipped: bool, sink: Sink) -> Record:
+        """Write what is due, and return what is to be told: the record, or its failure where the sidecar failed.
+
+        The sidecar first: so its failure stands in the row, whose caption the next run tries to write again. A run
+        that ends in between makes the same caption again and finds it there.
+        """
         if record.status == "error":
-            if (record.id, record.sha256, record.error) not in self.done.errors:
+            if not self.done.says(record):
                 sink.write(record)
-            return
-        beside = self._sidecar_due(source, record, skipped)
+            return record
+        note = reason = ""
+        if self.sidecar and not (skipped and not record.sha256):
+            try:
+                note = self._write_sidecar(sidecar_path(source, self.sidecar), record, skipped)
+            except SidecarError as fault:
+                note = reason = encodable(str(fault))
         if not skipped:
-            if self.sidecar and beside is None:
-                record = replace(record, notes=[*record.notes, "the sidecar that was there is kept"])
+            record = replace(record, notes=[*record.notes, note]) if note else record
             sink.write(record)
             self.made[record.sha256, record.params_hash] = Earlier(
                 record.id, record.sha256, record.params_hash, "", record.caption, record.width, record.height,
-                record.tokens_before, record.tokens_after, ok=True,
+                record.tokens_before, record.tokens_after, record.finish_reason, record.root, ok=True,
             )  # fmt: skip
-        if beside is not None:
-            write_sidecar(beside, record.caption)
+        return _failed(record, reason) if reason else record
 
     def _has_sidecar(self, source: Source) -> bool:
-        return self.sidecar_decides and self.sidecar is not None and _filled(sidecar_path(source, self.sidecar))
+        return self.sidecar_decides and self.sidecar is not None and is_filled(sidecar_path(source, self.sidecar))
 
-    def _sidecar_due(self, source: Source, record: Record, skipped: bool) -> Path | None:
-        """The sidecar to write, unless there is one that must stay."""
-        if not self.sidecar or (skipped and not record.sha256):
-            return None
-        beside = sidecar_path(source, self.sidecar)
-        if self.overwrite or not _filled(beside):
-            return beside
-        earlier = self.done.last.get(record.sha256)
-        if skipped or earlier is None:
-            return None
-        try:
-            return beside if beside.read_bytes() == f"{earlier.caption}\n".encode() else None
-        except OSError:
-            return None
+    def _write_sidecar(self, beside: Path, record: Record, skipped: bool) -> str:
+        """Write it unless there is one that must stay; a note when that is another than ours."""
+        if self.overwrite or not is_filled(beside):
+            write_sidecar(beside, record.caption)
+        elif not skipped and not holds(beside, record.caption):
+            earlier = self.done.last.get(record.sha256)
+            if earlier is None or not holds(beside, earlier.caption):
+                return "the sidecar that was there is kept"
+            write_sidecar(beside, record.caption)
+        return ""
 
     def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
         image = open_image(data, max_pixels=self.vlm.max_pixels)
@@ -328,25 +238,34 @@ class _Job:
         encoded = self.vlm.encode(image, parameters.prompt)
         encoded.timings_ms["decode"] += reading
         answer = self.vlm.answer(encoded, parameters.prompt, max_tokens=parameters.max_tokens)
+        stats = answer.images[0].plan.stats
+        raised = {name: int(stats[name]) for name in ("keep_asked", "keep_raised") if name in stats}
+        cut = _cut_short(answer.finish_reason)
         return replace(
             record, caption=answer.text, width=image.width, height=image.height, tokens_before=answer.tokens_before,
-            tokens_after=answer.tokens_after, finish_reason=answer.finish_reason, notes=list(image.notes),
+            tokens_after=answer.tokens_after, finish_reason=answer.finish_reason, notes=[*image.notes, *cut],
             timings_ms={name: round(value, 3) for name, value in answer.timings_ms.items()},
+            choices={**self.choices(parameters.prompt), **raised},
         )  # fmt: skip
 
 
 def _again(record: Record, earlier: Earlier) -> Record:
     return replace(
         record, caption=earlier.caption, width=earlier.width, height=earlier.height,
-        tokens_before=earlier.tokens_before, tokens_after=earlier.tokens_after, notes=[f"same bytes as {earlier.id}"],
+        tokens_before=earlier.tokens_before, tokens_after=earlier.tokens_after, finish_reason=earlier.finish_reason,
+        notes=[
+            "as captioned before" if earlier.id == record.id else f"same bytes as {earlier.id}",
+            *_cut_short(earlier.finish_reason),
+        ],
     )  # fmt: skip
 
 
-def _filled(path: Path) -> bool:
-    try:
-        return path.is_file() and path.stat().st_size > 0
-    except OSError as fault:
-        raise TokcompError(f"{path}: cannot be read ({fault.strerror})") from fault
+def _cut_short(finish_reason: str) -> list[str]:
+    return ["cut short: the context was full; raise --ctx"] if finish_reason == "context" else []
+
+
+def _failed(record: Record, reason: str) -> Record:
+    return replace(record, status="error", error=encodable(reason))
 
 
 @contextmanager

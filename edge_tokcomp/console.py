@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import suppress
 from typing import TextIO
 
 from tqdm import tqdm
 
 from .budget import describe
-from .records import Record, printable
+from .records import Record
+from .text import printable, unheard
 
 QUIET_SECONDS = 10.0
 
@@ -19,7 +19,7 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}<{remaini
 
 
 class Console:
-    """Progress of ``total`` pictures; also the sink of plain text lines on stdout, which must not break the bar."""
+    """Progress of ``total`` pictures on ``stream`` (stderr): a bar where that is a terminal, lines elsewhere."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -27,47 +27,51 @@ class Console:
         self.started = self.last = time.monotonic()
         self.tokens = (0, 0)
         self.bar = None
-        if self.stream.isatty():
-            self.bar = tqdm(
-                total=total, unit=" images", file=self.stream, smoothing=0.1, dynamic_ncols=True, bar_format=_BAR
-            )
+        with unheard(self.stream):
+            if self.stream.isatty():
+                self.bar = tqdm(
+                    total=total, unit=" images", file=self.stream, smoothing=0.1, dynamic_ncols=True, bar_format=_BAR
+                )
 
     def done(self, record: Record, skipped: bool) -> None:
         """One more picture; failures and a change of the token count are told at once."""
         self.seen += 1
         if record.status == "error":
             self.say(f"{record.id}: {record.error}")
-        elif not skipped:
+        elif record.computed:
             self.made += 1
-            if (record.tokens_before, record.tokens_after) != self.tokens and record.timings_ms:
+            if (record.tokens_before, record.tokens_after) != self.tokens:
                 self.tokens = record.tokens_before, record.tokens_after
                 self.say(f"image tokens {describe(*self.tokens)}, method {record.method}")
         if self.bar is not None:
-            if skipped:  # skipped pictures would make the rate, and so the time left, a fiction
-                self.bar.total -= 1
-                self.bar.refresh()
-            else:
-                self.bar.update()
+            with unheard(self.stream):
+                if record.computed or record.status == "error":
+                    self.bar.update()
+                else:  # skipped and copied pictures would make the rate, and so the time left, a fiction
+                    self.bar.total -= 1
+                    self.bar.refresh()
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             self.say(self._line())
 
     def say(self, text: str) -> None:
-        """A line for people."""
-        if self.bar is not None:
-            self.bar.write(printable(text), file=self.stream)
-        else:
-            print(printable(text), file=self.stream, flush=True)
+        """A line for people, if they still read."""
+        with unheard(self.stream):
+            if self.bar is not None:
+                self.bar.write(printable(text), file=self.stream)
+            else:
+                print(printable(text), file=self.stream, flush=True)
 
     def stopping(self) -> None:
         """Say that the run ends soon. Called from a signal handler, hence past Python's buffers and the bar's lock."""
-        with suppress(OSError):
+        with unheard(self.stream):
             os.write(self.stream.fileno(), b"\nstopping after the current picture; once more to stop at once\n")
 
     def close(self) -> None:
         """No more pictures."""
         if self.bar is not None:
-            self.bar.close()
+            with unheard(self.stream):
+                self.bar.close()
 
     def _line(self) -> str:
         rate = max(self.made, 1) / (self.last - self.started)
@@ -79,7 +83,10 @@ class Console:
 
 
 class TextLines:
-    """The sink used when no file is named: ``id``, a tab, the caption, on stdout; a line a picture."""
+    """The sink used when no file is named: ``id``, a tab, the caption, on stdout; a line a picture.
+
+    ``console``: whose bar must not be broken by them.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console

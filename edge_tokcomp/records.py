@@ -7,7 +7,6 @@ import io
 import json
 import os
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +25,10 @@ _RECORD_START = b'{"id": "'
 @dataclass(frozen=True)
 class Record:
     """One line of output. ``status`` is ``ok`` or ``error``; ``timings_ms`` has the names of ``STAGES``.
+
+    ``finish_reason``: ``stop``, ``length`` (``max_tokens``) or ``context`` (no room left). ``choices``: what was chosen
+    for the user, and why (``provider``, ``n_ctx``, ``prompt_form`` ...), in rows that were computed. ``root``: the
+    absolute folder that ``id`` is relative to.
 
     A picture that failed in one run and went well in a later one has a line of each; the last line of an id counts.
     """
@@ -48,16 +51,24 @@ class Record:
     params_hash: str
     finish_reason: str = ""
     notes: list[str] = field(default_factory=list)
+    choices: dict[str, str | int] = field(default_factory=dict)
+    root: str = ""
+
+    @property
+    def computed(self) -> bool:
+        """Whether the caption was made for this row, and not taken from another one."""
+        return bool(self.timings_ms)
 
     def to_json(self) -> str:
         """One line of JSON, without the newline."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     def to_csv(self) -> str:
-        """One row, with its line end; its columns are ``csv_columns()``, notes joined by semicolons."""
+        """One row, with its line end; its columns are ``csv_columns()``, notes joined by semicolons, choices JSON."""
         row: dict[str, Any] = asdict(self)
         timings = row.pop("timings_ms")
         row["notes"] = "; ".join(row["notes"])
+        row["choices"] = json.dumps(row["choices"], ensure_ascii=False)
         return _csv_row([*row.values(), *(timings.get(stage, "") for stage in STAGES)])
 
 
@@ -73,6 +84,8 @@ class Earlier(NamedTuple):
     height: int
     tokens_before: int
     tokens_after: int
+    finish_reason: str
+    root: str
     ok: bool
 
 
@@ -151,7 +164,8 @@ class JsonStream:
 
     def __init__(self, stream: TextIO) -> None:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", newline="\n")
+            # An encoding alone would make characters that it does not know an error again.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
         self._stream = stream
 
     def write(self, record: Record) -> None:
@@ -161,11 +175,6 @@ class JsonStream:
 
     def close(self) -> None:
         """Nothing: the stream is not ours."""
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, without characters that steer a terminal: those stand as ``\\n``, ``\\x1b``."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def csv_columns() -> list[str]:
@@ -198,30 +207,16 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from (json.loads(line) for line in lines if line.strip())
 
 
-def write_sidecar(path: Path, text: str) -> None:
-    """Write ``text`` and a newline to ``path``, whole or not at all; raises ``TokcompError``."""
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        try:
-            with partial.open("xb") as stream:
-                stream.write(f"{text}\n".encode())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as fault:
-        raise TokcompError(f"{path}: cannot be written ({fault.strerror})") from fault
-
-
 def _earlier(row: Mapping[str, Any]) -> Earlier:
     if row["status"] not in ("ok", "error"):
         raise ValueError(f"status {row['status']!r}")
-    names = ("id", "sha256", "params_hash", "error", "caption")
+    names = ("id", "sha256", "params_hash", "error", "caption", "finish_reason", "root")
     if not all(isinstance(row[name], str) for name in names):
         raise TypeError(f"one of {', '.join(names)} is not text")
     return Earlier(
         row["id"], row["sha256"], sys.intern(row["params_hash"]), row["error"], row["caption"], int(row["width"]),
-        int(row["height"]), int(row["tokens_before"]), int(row["tokens_after"]), ok=row["status"] == "ok",
+        int(row["height"]), int(row["tokens_before"]), int(row["tokens_after"]), sys.intern(row["finish_reason"]),
+        sys.intern(row["root"]), ok=row["status"] == "ok",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import UsageError
+from .text import encodable
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -26,13 +27,15 @@ _TIFF = (b"II*\x00", b"MM\x00*")
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to be captioned: where it lies, and ``id``, its path relative to the folder that was named.
+    """A picture to be captioned: where it lies, and ``id``, its path relative to ``root``, an absolute folder.
 
-    In the id, bytes of a file name that are no UTF-8 stand as ``\\xe9``, so that it can be written anywhere.
+    ``root`` is the folder that was named, or that of the one file; with several names, where the command runs. In id
+    and root, bytes of a file name that are no UTF-8 stand as ``\\xe9``, so that they can be written anywhere.
     """
 
     path: Path
     id: str
+    root: str
 
 
 def find_sources(names: Sequence[str], *, recursive: bool = False, listing: BinaryIO | None = None) -> list[Source]:
@@ -47,15 +50,19 @@ def find_sources(names: Sequence[str], *, recursive: bool = False, listing: Bina
     """
     found: dict[str, Source] = {}
     several = len(names) > 1
+    try:
+        here = os.path.realpath(os.curdir)
+    except OSError as fault:
+        raise UsageError(f"the current folder cannot be opened ({fault.strerror}); change to another") from fault
     for name in names:
-        for source in _expand(name, recursive, several, listing):
+        for source in _expand(name, recursive, several, here, listing):
             found.setdefault(os.path.abspath(source.path), source)
     return list(found.values())
 
 
-def _expand(name: str, recursive: bool, several: bool, listing: BinaryIO | None) -> Iterator[Source]:
+def _expand(name: str, recursive: bool, several: bool, here: str, listing: BinaryIO | None) -> Iterator[Source]:
     if name == "-":
-        yield from (_source(Path(line)) for line in _lines(listing))
+        yield from (_as_named(Path(line), here) for line in _lines(listing))
         return
     if not name:
         raise UsageError("an empty name stands for no file or folder")
@@ -65,29 +72,32 @@ def _expand(name: str, recursive: bool, several: bool, listing: BinaryIO | None)
     except OSError as fault:
         raise UsageError(f"{name}: cannot be opened ({fault.strerror})") from fault
     if is_folder:
-        inside = list(_in_folder(path, recursive, several))
+        inside = list(_in_folder(path, recursive, here if several else None))
         if not inside:
             hint = "" if recursive else "; --recursive goes into its sub-folders"
             raise UsageError(f"{name}: no pictures in this folder{hint}")
         yield from inside
     elif exists:
-        yield _source(path) if several else _source(path, path.parent)
+        yield _as_named(path, here) if several else _inside(path, path.parent, os.path.realpath(path.parent))
     elif glob.has_magic(name):
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
         if not matches:
             raise UsageError(f"{name}: no file matches")
         for match in matches:
             if match.is_dir():
-                yield from _in_folder(match, recursive, True)
+                yield from _in_folder(match, recursive, here)
             else:
-                yield _source(match)
+                yield _as_named(match, here)
     else:
         raise UsageError(f"{name}: no such file or folder")
 
 
-def _source(path: Path, base: Path | None = None) -> Source:
-    name = (path if base is None else path.relative_to(base)).as_posix()
-    return Source(path, os.fsencode(name).decode("utf-8", "backslashreplace"))
+def _as_named(path: Path, here: str) -> Source:
+    return Source(path, encodable(path.as_posix()), encodable(path.anchor if path.is_absolute() else here))
+
+
+def _inside(path: Path, folder: Path, root: str) -> Source:
+    return Source(path, encodable(path.relative_to(folder).as_posix()), encodable(root))
 
 
 def _lines(listing: BinaryIO | None) -> list[str]:
@@ -100,12 +110,15 @@ def _lines(listing: BinaryIO | None) -> list[str]:
     return [os.fsdecode(line) for line in lines if line.strip()]
 
 
-def _in_folder(folder: Path, recursive: bool, several: bool) -> Iterator[Source]:
+def _in_folder(folder: Path, recursive: bool, here: str | None) -> Iterator[Source]:
+    """The pictures of ``folder``; their ids are relative to it, or as they are named from ``here``."""
+    root = os.path.realpath(folder)
     paths: list[Path] = []
     for base, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         paths += [Path(base, name) for name in files if not name.startswith(".")]
-    sources = [_source(path, None if several else folder) for path in paths if _is_picture(path)]
+    pictures = [path for path in paths if _is_picture(path)]
+    sources = [_inside(path, folder, root) if here is None else _as_named(path, here) for path in pictures]
     yield from sorted(sources, key=lambda source: source.id)
 
 

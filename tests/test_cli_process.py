@@ -112,6 +112,25 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(pair: Pair, tmp_path: Path
     assert "BrokenPipe" not in stderr
 
 
+def test_nobody_reading_what_is_said_ends_no_run(pair: Pair, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "p", 3)
+    (folder / "bad.png").write_text("text")
+    command = ["caption", str(folder), *pair.options, *FEW, "--out"]
+    # Where streams are buffered, Python tries once more at the end, and fails with an exit code of its own.
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    head = start([*command, str(tmp_path / "head.jsonl")], stderr=subprocess.STDOUT, env=usual)
+    assert head.stdout is not None
+    assert head.stdout.readline()
+    head.stdout.close()
+    assert head.wait(timeout=120) == 1  # of the bad picture
+    assert len(rows(tmp_path / "head.jsonl")) == 4
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            assert start([*command, str(tmp_path / "full.jsonl")], stderr=full, env=usual).wait(timeout=120) == 1
+            assert start([*command, "no/such.jsonl"], stderr=full, env=usual).wait(timeout=120) == 2
+        assert len(rows(tmp_path / "full.jsonl")) == 4
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_behind_stdout_is_said_in_one_line(pair: Pair, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:

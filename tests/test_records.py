@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +18,10 @@ from edge_tokcomp.records import (
     Csv,
     Earlier,
     JsonLines,
+    JsonStream,
     Record,
     csv_columns,
-    printable,
     read_earlier,
-    write_sidecar,
 )
 
 CAPTIONS = ["a red circle", 'he said "no",\nthen\r\nleft; ', "Grüße 猫\t", ""]
@@ -34,7 +33,8 @@ def record(number: int = 0, **changes: object) -> Record:
         "caption": CAPTIONS[number % len(CAPTIONS)], "width": 640, "height": 480, "tokens_before": 576,
         "tokens_after": 64, "method": "prunesid:centre=token,score=projection", "keep": 64, "model": "m.gguf",
         "seed": 0, "timings_ms": dict.fromkeys(STAGES, 1.5), "version": "1", "params_hash": "ab",
-        "notes": ["one", "two, three"],
+        "finish_reason": "stop", "notes": ["one", "two, three"], "choices": {"n_ctx": 4096, "provider": 'cpu: "a", b'},
+        "root": "/data/photos",
     }  # fmt: skip
     return Record(**(values | changes))  # type: ignore[arg-type]
 
@@ -42,7 +42,7 @@ def record(number: int = 0, **changes: object) -> Record:
 def summary(one: Record) -> Earlier:
     return Earlier(
         one.id, one.sha256, one.params_hash, one.error, one.caption, one.width, one.height, one.tokens_before,
-        one.tokens_after, one.status == "ok",
+        one.tokens_after, one.finish_reason, one.root, one.status == "ok",
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def test_csv_is_read_by_the_csv_module(tmp_path: Path) -> None:
         first, second = csv.DictReader(stream)
     assert list(first) == csv_columns()
     assert (first["notes"], first["decode_ms"], second["caption"]) == ("one; two, three", "1.5", CAPTIONS[1])
+    assert json.loads(first["choices"]) == record(0).choices
 
 
 @KINDS
@@ -204,25 +205,9 @@ def test_a_disk_that_fills_up_leaves_whole_records_only(tmp_path: Path) -> None:
     assert list(read_earlier(path)) == [summary(record(0)), summary(record(2))]
 
 
-def test_sidecars_are_whole_have_usual_permissions_and_leave_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 250 + ".txt")
-    mask = os.umask(0o022)
-    try:
-        write_sidecar(path, "old")
-        write_sidecar(path, "Grüße")
-    finally:
-        os.umask(mask)
-    assert path.read_bytes() == "Grüße\n".encode()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    folder = tmp_path / "folder.txt"
-    folder.mkdir()
-    (folder / "x").touch()
-    for target in (folder, tmp_path / "no" / "such.txt"):
-        with pytest.raises(TokcompError, match="cannot be written"):
-            write_sidecar(target, "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, "folder.txt"])
-
-
-def test_printable_text_is_one_line_that_steers_no_terminal() -> None:
-    assert printable("a\nb\tc\x1b[2Jd\u202e") == "a\\nb\\tc\\x1b[2Jd\\u202e"
-    assert printable("Grüße 猫 →") == "Grüße 猫 →"
+def test_json_lines_on_a_stream_escape_what_cannot_be_encoded() -> None:
+    """Its error handler is for the encoding that it had before."""
+    data = io.BytesIO()
+    stream = io.TextIOWrapper(data, "ascii", errors="backslashreplace")
+    JsonStream(stream).write(record(2, caption="Grüße \ud800"))
+    assert json.loads(data.getvalue().decode("utf-8"))["caption"] == "Grüße \ud800"

@@ -57,6 +57,36 @@ def test_with_several_names_ids_are_the_paths_given(tmp_path: Path, monkeypatch:
     assert ids(find_sources(["x/a.png"])) == ["a.png"]
 
 
+def test_a_root_and_an_id_together_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Path.cwd().resolve()
+    picture(Path("x/deep/a.png"))
+    picture(Path("y.png"))
+    (tmp_path / "link").symlink_to("x", target_is_directory=True)
+    absolute = str(tmp_path / "x")
+    cases = {
+        ("x",): here / "x", ("x/deep",): here / "x" / "deep", ("x/deep/a.png",): here / "x" / "deep", ("y.png",): here,
+        ("x", "y.png"): here, ("x/*/*.png",): here, ("link",): here / "x", (absolute,): here / "x",
+        (absolute, "y.png"): Path("/"), (".",): here,
+    }  # fmt: skip
+    for names, root in cases.items():
+        sources = find_sources(names, recursive=True)
+        assert sources[0].root == str(root), names
+        for source in sources:
+            assert Path(source.root, source.id).samefile(source.path), names
+    (source,) = find_sources(["-"], listing=io.BytesIO(b"y.png"))
+    assert (source.root, source.id) == (str(here), "y.png")
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UsageError, match="current folder cannot be opened"):
+        find_sources([str(tmp_path)])
+
+
 def test_what_is_named_twice_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     picture(Path("x/a.png"))
@@ -136,3 +166,6 @@ def test_ids_of_names_that_are_no_utf8_can_be_written(tmp_path: Path) -> None:
     assert found.id == "caf\\xe9.png"
     assert found.id.encode()
     assert found.path.exists()
+    picture(tmp_path / os.fsdecode(b"f\xe9") / "a.png")
+    (found,) = find_sources([str(tmp_path / os.fsdecode(b"f\xe9"))])
+    assert found.root == f"{tmp_path.resolve()}/f\\xe9"
