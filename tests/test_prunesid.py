@@ -279,3 +279,17 @@ def test_a_budget_is_the_same_plan_whichever_way_it_is_written():
     tokens = image((12, 12), 0)
     plans = [get_method("prunesid").compress(tokens, keep).rank.tolist() for keep in (36, "36", 0.25, "25%")]
     assert plans.count(plans[0]) == 4
+
+
+@pytest.mark.parametrize("width", [5, 24, 40, 80])
+@pytest.mark.parametrize("centre", ["feature", "token"])
+def test_projections_equal_the_singular_vectors_whichever_gram_matrix_is_smaller(width, centre):
+    rows = np.random.default_rng(width).standard_normal((40, width)).astype(np.float32)
+    squashed = 1 / (1 + np.exp(-rows.astype(np.float64)))
+    squashed -= squashed.mean(axis=1 if centre == "feature" else 0, keepdims=True)
+    vectors, values, _ = np.linalg.svd(squashed)
+    found = projections(rows, 12, centre)
+    assert found.shape == (40, 12)
+    real = int(np.sum(values > 1e-6))
+    np.testing.assert_allclose(found[:, :real], np.abs(vectors[:, : min(real, 12)]), atol=1e-7)
+    assert np.all(found[:, real:] == 0)

@@ -13,6 +13,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import ClassVar, Literal
 
+import array_api_compat
 import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
@@ -178,16 +179,24 @@ def projections(features: Array, groups: int, centre: str) -> Array:
     """``(N, groups) float64``: length of each token of ``features (N, D)`` on each of the first principal components.
 
     That is |V| of the singular value decomposition of the centred sigmoid of the features, from the exact
-    eigenvectors of their N x N Gram matrix. Components that hold nothing but rounding noise are zero.
+    eigenvectors of their N x N Gram matrix, or of the D x D one where that is smaller. Components that hold nothing but
+    rounding noise are zero.
     """
     xp = array_namespace(features)
     # sigmoid(x) = 1/2 + tanh(x/2) / 2: centring takes away the shift and eigenvectors do not see the scale.
     squashed = xp.tanh(xp.astype(features, xp.float64) / 2)
     squashed = squashed - xp.mean(squashed, axis=1 if centre == "feature" else 0, keepdims=True)
-    energy, vectors = xp.linalg.eigh(gram(squashed))
+    count, width = features.shape
+    narrow = width < count
+    energy, vectors = xp.linalg.eigh(gram(xp.matrix_transpose(squashed) if narrow else squashed))
     energy, vectors = xp.flip(energy)[:groups], xp.flip(vectors, axis=1)[:, :groups]
-    noise = features.shape[0] * _EPSILON * energy[0]
-    return settle(xp.where(energy > noise, xp.abs(vectors), xp.zeros_like(vectors)))
+    noise = count * _EPSILON * energy[0]
+    real = energy > noise
+    if narrow:
+        vectors = (squashed @ vectors) / xp.sqrt(xp.where(real, energy, xp.ones_like(energy)))
+    lengths = settle(xp.where(real, xp.abs(vectors), xp.zeros_like(vectors)))
+    missing = xp.zeros((count, groups - lengths.shape[1]), dtype=lengths.dtype, device=array_api_compat.device(lengths))
+    return xp.concat([lengths, missing], axis=1)
 
 
 def survive(near: NDArray[np.bool_], eligible: NDArray[np.bool_]) -> NDArray[np.bool_]:
