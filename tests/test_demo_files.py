@@ -9,25 +9,33 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Quant
+from sentencepiece import sentencepiece_model_pb2
 
 from edge_tokcomp.export.demo.dense import pixels_of
 from edge_tokcomp.export.demo.from_gguf import fit_heads, read_weights, write_vocabulary
 from edge_tokcomp.export.demo.model import DemoVLM, LanguageShape, TowerShape
 from edge_tokcomp.export.demo.pool import Pool, draw_part
+from edge_tokcomp.export.demo.rotary import to_halves, to_pairs
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.export.demo.to_gguf import write_language_model, write_mmproj
 from edge_tokcomp.export.demo.vocabulary import AFTER_IMAGE, BEFORE_IMAGE, BOS, Vocabulary, train_vocabulary
 from edge_tokcomp.vlm import VLM, load
+from tiny_models import pair_order
 
 TOWER = TowerShape(width=64, blocks=2, heads=2, hidden=128)
 LANGUAGE = LanguageShape(width=64, blocks=2, heads=2, hidden=128)
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.model"
     train_vocabulary(path, scenes=60)
-    return Vocabulary(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vocabulary(trained: Path) -> Vocabulary:
+    return Vocabulary(trained)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,14 @@ def test_the_pipeline_sees_and_says_what_the_torch_model_does(
     assert vlm.answer(encoded, question, max_tokens=12).text == text.strip()
 
 
+def test_rotary_rows_are_reordered_to_neighbouring_pairs_and_back() -> None:
+    halves = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
+    pairs = to_pairs(halves, 3)
+    np.testing.assert_array_equal(pairs, halves[pair_order(24, 3)])
+    assert pairs[:4, 0].tolist() == [0, 20, 5, 25]  # rows 0, 4, 1, 5 of the first head
+    np.testing.assert_array_equal(to_halves(pairs, 3), halves)
+
+
 def test_the_files_read_back_are_the_model_they_were_written_from(pair: tuple[DemoVLM, Path]) -> None:
     model, folder = pair
     torch.manual_seed(1)
@@ -109,6 +125,21 @@ def test_the_vocabulary_read_back_encodes_as_before(
     read = Vocabulary(tmp_path / "vocabulary.model")
     for text in (" At the top left a blue star.", "Grüße, 世界 🙂\ttab\n\n  two spaces", "12345 unfamiliarwords"):
         assert read.encode(text) == vocabulary.encode(text)
+        assert read.decode(read.encode(text)) == text
+
+
+def test_the_vocabulary_read_back_has_the_settings_it_was_trained_with(
+    pair: tuple[DemoVLM, Path], trained: Path, tmp_path: Path
+) -> None:
+    write_vocabulary(pair[1] / "lm.gguf", tmp_path / "vocabulary.model")
+    read, truth = (
+        sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        for path in (tmp_path / "vocabulary.model", trained)
+    )
+    assert read.trainer_spec == truth.trainer_spec
+    for name in ("name", "precompiled_charsmap", "add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
+        assert getattr(read.normalizer_spec, name) == getattr(truth.normalizer_spec, name), name
+    assert [(p.piece, p.score, p.type) for p in read.pieces] == [(p.piece, p.score, p.type) for p in truth.pieces]
 
 
 def test_heads_fitted_to_a_frozen_tower_leave_it_alone(pair: tuple[DemoVLM, Path], tmp_path: Path) -> None:

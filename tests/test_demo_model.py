@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from by_transformers import clip_of, llama_of
 from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from edge_tokcomp.evaluation import evaluate
 from edge_tokcomp.export.demo.from_gguf import read_weights, write_vocabulary
@@ -43,59 +44,6 @@ def tensors(path: object) -> dict[str, torch.Tensor]:
         )
         for tensor in GGUFReader(path).tensors
     }
-
-
-def clip_of(mmproj: dict[str, torch.Tensor], heads: int, side: int, patch: int) -> CLIPVisionModel:
-    """transformers' CLIP with the file's weights and one more block after the feature layer, as LLaVA's CLIP has."""
-    blocks = 1 + max(int(name.split(".")[2]) for name in mmproj if name.startswith("v.blk."))
-    width, hidden = mmproj["v.class_embd"].numel(), mmproj["v.blk.0.ffn_up.weight"].shape[0]
-    config = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=hidden, num_hidden_layers=blocks + 1, num_attention_heads=heads,
-        image_size=side, patch_size=patch, hidden_act="gelu", layer_norm_eps=1e-5, attn_implementation="eager",
-    )  # fmt: skip
-    model = CLIPVisionModel(config).eval()
-    names = {
-        "ln1": "layer_norm1", "ln2": "layer_norm2", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_out": "self_attn.out_proj",
-    }  # fmt: skip
-    ends = {"v.class_embd": "embeddings.class_embedding", "v.patch_embd.weight": "embeddings.patch_embedding.weight",
-            "v.position_embd.weight": "embeddings.position_embedding.weight",
-            "v.pre_ln.weight": "pre_layrnorm.weight", "v.pre_ln.bias": "pre_layrnorm.bias"}  # fmt: skip
-    state = model.state_dict()
-    prefix = next(iter(state)).split("embeddings")[0]
-    for name, tensor in mmproj.items():
-        if name.startswith("v.blk."):
-            _, _, block, part, kind = name.split(".")
-            state[f"{prefix}encoder.layers.{block}.{names[part]}.{kind}"] = tensor
-        elif name in ends:
-            state[prefix + ends[name]] = tensor
-    model.load_state_dict(state)
-    return model
-
-
-def llama_of(lm: dict[str, torch.Tensor], heads: int) -> LlamaForCausalLM:
-    """transformers' Llama with the dequantised weights."""
-    blocks = 1 + max(int(name.split(".")[1]) for name in lm if name.startswith("blk."))
-    vocab, width = lm["token_embd.weight"].shape
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=lm["blk.0.ffn_up.weight"].shape[0],
-        num_hidden_layers=blocks, num_attention_heads=heads, rms_norm_eps=1e-5, max_position_embeddings=2048,
-    )  # fmt: skip
-    names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
-    state = {"model.embed_tokens.weight": lm["token_embd.weight"], "model.norm.weight": lm["output_norm.weight"],
-             "lm_head.weight": lm["output.weight"]}  # fmt: skip
-    for name, tensor in lm.items():
-        if name.startswith("blk."):
-            _, block, part, kind = name.split(".")
-            if part in ("attn_q", "attn_k"):  # GGUF turns neighbouring pairs, transformers halves
-                tensor = tensor.view(heads, width // heads // 2, 2, width).transpose(1, 2).reshape(width, width)
-            state[f"model.layers.{block}.{names[part]}.{kind}"] = tensor
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(state)
-    return model
 
 
 def test_the_two_files_are_small_enough_for_a_repository() -> None:

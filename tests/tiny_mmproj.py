@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from by_transformers import clip_names
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -129,22 +130,8 @@ def round_to(kind: Kind, name: str, parameter: torch.Tensor) -> np.ndarray:
 
 
 def _named(tower: CLIPVisionModel, projector: torch.nn.Sequential, blocks: int) -> dict[str, torch.Tensor]:
-    names = {
-        "embeddings.class_embedding": "v.class_embd", "embeddings.patch_embedding.weight": "v.patch_embd.weight",
-        "embeddings.position_embedding.weight": "v.position_embd.weight",
-        "pre_layrnorm.weight": "v.pre_ln.weight", "pre_layrnorm.bias": "v.pre_ln.bias",
-    }  # fmt: skip
-    parts = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2", "mlp.fc1": "ffn_up",
-        "mlp.fc2": "ffn_down",
-    }  # fmt: skip
-    for block in range(blocks):
-        for part, short in parts.items():
-            for end in ("weight", "bias"):
-                names[f"encoder.layers.{block}.{part}.{end}"] = f"v.blk.{block}.{short}.{end}"
     values = {name.removeprefix("vision_model."): value for name, value in tower.named_parameters()}
-    named = {short: values[name] for name, short in names.items()}
+    named = {short: values[name] for short, name in clip_names(blocks).items()}
     return named | {f"mm.{name}": value for name, value in projector.named_parameters()}
 
 

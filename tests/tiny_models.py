@@ -107,7 +107,7 @@ def write_tiny_model(
     kind = GGMLQuantizationType[quantization]
     for name, weight in model.weights.items():
         if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = _rotary_order(weight, n_head)
+            weight = weight[pair_order(n_embd, n_head)]
         if weight.ndim == 1 or kind == GGMLQuantizationType.F32:
             writer.add_tensor(name, weight)
         else:
@@ -204,8 +204,10 @@ def _weights(
     return weights
 
 
-def _rotary_order(weight: NDArray[np.float32], n_head: int) -> NDArray[np.float32]:
-    """Rows of a query or key matrix from Hugging Face's order (halves) to llama.cpp's (pairs)."""
-    rows, columns = weight.shape
-    halves = weight.reshape(n_head, 2, rows // n_head // 2, columns)
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
+def pair_order(rows: int, n_head: int) -> NDArray[np.int64]:
+    """For each row of a query or key matrix in llama.cpp's order (pairs), its number in Hugging Face's (halves)."""
+    head = rows // n_head
+    return np.array([
+        start + pair + half
+        for start in range(0, rows, head) for pair in range(head // 2) for half in (0, head // 2)
+    ])  # fmt: skip

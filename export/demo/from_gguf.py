@@ -14,14 +14,16 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from edge_tokcomp.errors import TokcompError
 
 from .dense import dense_loss, dense_targets, pixels_of
 from .model import DemoVLM, LanguageShape, TowerShape
 from .pool import Pool, draw_pool
-from .train import STAGES
-from .vocabulary import train_vocabulary
+from .rotary import to_halves
+from .train import STAGES, write_checkpoint
+from .vocabulary import write_pieces
 
 
 def read_weights(model: DemoVLM, language: Path, mmproj: Path) -> None:
@@ -33,33 +35,18 @@ def read_weights(model: DemoVLM, language: Path, mmproj: Path) -> None:
             shape = tuple(reversed(tensor.shape.tolist()))
             values = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
             if prefix and ("attn_q." in tensor.name or "attn_k." in tensor.name):
-                values = _half_pairs(values, heads)
+                values = to_halves(values, heads)
             weights[f"{prefix}{tensor.name}"] = torch.from_numpy(values.copy())
     missing, unknown = model.load_state_dict(weights, strict=False)
     if unknown or any(not name.startswith("aid.") for name in missing):
         raise ValueError(f"{language}, {mmproj}: not the demo model; missing {missing}, unknown {unknown}")
 
 
-def _half_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of each head from neighbouring rotary pairs to (first half, second half)."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
 def write_vocabulary(language: Path, path: Path) -> None:
     """Write the vocabulary in a language-model GGUF as a SentencePiece model."""
-    from sentencepiece import sentencepiece_model_pb2
-
     fields = gguf.GGUFReader(language).fields
-    model = sentencepiece_model_pb2.ModelProto()
-    train_vocabulary(path, scenes=60)  # for its settings
-    model.ParseFromString(path.read_bytes())
-    del model.pieces[:]
     columns = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
-    for piece, score, kind in zip(*columns, strict=True):
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.vocab_size = len(model.pieces)
-    path.write_bytes(model.SerializeToString())
+    write_pieces(path, zip(*columns, strict=True))
 
 
 def fit_heads(model: DemoVLM, pool: Pool, steps: int = 200, batch: int = 24) -> dict[str, float]:
@@ -89,16 +76,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    draw_pool(options.folder / "pool", options.threads)
+    try:
+        draw_pool(options.folder / "pool", options.threads)
+        pool = Pool(options.folder / "pool")
+    except TokcompError as fault:
+        raise SystemExit(str(fault)) from fault
     language, mmproj = options.model / "demo-lm.gguf", options.model / "demo-mmproj.gguf"
     write_vocabulary(language, options.folder / "vocabulary.model")
     model = DemoVLM(TowerShape(), LanguageShape())
     read_weights(model, language, mmproj)
-    print(fit_heads(model, Pool(options.folder / "pool")))
-    torch.save(
-        {"model": model.state_dict(), "stage": len(STAGES) - 1, "step": 0, "optimizers": []},
-        options.folder / "checkpoint.pt",
-    )
+    print(fit_heads(model, pool))
+    write_checkpoint(options.folder, model, len(pool), stage=len(STAGES) - 1, step=0, optimizers=[])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,28 @@
-"""A pool of drawn scenes on disk, read through a memory map: drawing costs more than a small training step can wait."""
+"""A pool of drawn scenes on disk, read through a memory map: drawing costs more than a small training step can wait.
+
+A part is three files: ``NNN.images.npy``, ``NNN.owners.npy`` and, written last, ``NNN.json`` with the scenes' things.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_tokcomp.errors import TokcompError
+
 from .model import GRID, PATCH
 from .scenes import SIDE, Scene, Thing, draw_scene
+
+DRAWING = 2
+"""Raise it whenever ``draw_part`` would write something else: pools drawn before are then refused."""
 
 TRAIN_SEED = 1
 PARTS, PART_SCENES = 20, 4000
@@ -31,16 +41,22 @@ def patch_owner(scene: Scene) -> NDArray[np.int8]:
 
 
 def draw_pool(folder: Path, processes: int, parts: int = PARTS, scenes: int = PART_SCENES) -> None:
-    """Draw all parts of the pool that are not there yet."""
+    """Draw all parts of the pool that are not there yet; ``TokcompError`` if one is of another drawing version."""
+    missing = []
+    for part in range(parts):
+        done = folder / f"{part:03d}.json"
+        if done.exists():
+            _read_things(done)
+        else:
+            missing.append(part)
+    if not missing:
+        return
     with multiprocessing.get_context("spawn").Pool(processes) as workers:
-        workers.starmap(draw_part, [(folder, part, scenes) for part in range(parts)], chunksize=1)
+        workers.starmap(draw_part, [(folder, part, scenes) for part in missing], chunksize=1)
 
 
 def draw_part(folder: Path, part: int, scenes: int) -> None:
-    """Draw scenes ``part * scenes .. (part + 1) * scenes - 1`` into a part of the pool, unless it is finished."""
-    done = folder / f"{part:03d}.json"
-    if done.exists():
-        return
+    """Draw scenes ``part * scenes .. (part + 1) * scenes - 1`` into a part of the pool."""
     folder.mkdir(parents=True, exist_ok=True)
     images = np.lib.format.open_memmap(folder / f"{part:03d}.images.npy", "w+", np.uint8, (scenes, SIDE, SIDE, 3))
     owners = np.zeros((scenes, GRID * GRID), np.int8)
@@ -49,12 +65,27 @@ def draw_part(folder: Path, part: int, scenes: int) -> None:
         scene = draw_scene((TRAIN_SEED, part * scenes + index))
         images[index], owners[index] = scene.image, patch_owner(scene)
         things.append([asdict(thing) for thing in scene.things])
+    images.flush()
     np.save(folder / f"{part:03d}.owners.npy", owners)
-    done.write_text(json.dumps(things))
+    partial = folder / f"{part:03d}.partial"
+    partial.write_text(json.dumps({"drawing": DRAWING, "things": things}))
+    os.replace(partial, folder / f"{part:03d}.json")
+
+
+def _read_things(done: Path) -> list[list[dict[str, Any]]]:
+    content = json.loads(done.read_text())
+    drawing = content.get("drawing") if isinstance(content, dict) else None
+    if drawing != DRAWING:
+        version = "no drawing version" if drawing is None else f"drawing version {drawing}"
+        raise TokcompError(
+            f"{done} has {version}, this code draws version {DRAWING}: delete {done.parent} to draw it anew"
+        )
+    things: list[list[dict[str, Any]]] = content["things"]
+    return things
 
 
 class Pool:
-    """The finished parts of a pool, as one sequence of scenes."""
+    """The finished parts of a pool, as one sequence of scenes; ``TokcompError`` for another drawing version's."""
 
     def __init__(self, folder: Path) -> None:
         self.images: list[NDArray[np.uint8]] = []
@@ -62,9 +93,9 @@ class Pool:
         self.things: list[tuple[Thing, ...]] = []
         self.ends: list[int] = []
         for done in sorted(folder.glob("*.json")):
+            self.things += [tuple(Thing(**thing) for thing in scene) for scene in _read_things(done)]
             self.images.append(np.load(done.with_suffix(".images.npy"), mmap_mode="r"))
             self.owners.append(np.load(done.with_suffix(".owners.npy")))
-            self.things += [tuple(Thing(**thing) for thing in scene) for scene in json.loads(done.read_text())]
             self.ends.append(len(self.things))
 
     def __len__(self) -> int:

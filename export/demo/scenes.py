@@ -1,8 +1,8 @@
 """Scenes whose contents are known: shapes and digit cards on textured backgrounds.
 
 A scene is drawn from a seed. One object lies in each of some cells of a 3 x 3 grid, anywhere inside its cell, so that
-places have names. Digits are scikit-learn's 8 x 8 handwriting, split by sample: no digit image of the test split is
-ever drawn in training.
+places have names. Digits are scikit-learn's 8 x 8 handwriting, split by sample: no digit image of the validation or the
+test split is ever drawn in training, and training is tuned on validation alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom lef
 SMALL, LARGE = (14, 24), (34, 58)
 """Diameters in pixels; a small object is at most 3 patches across. Cards are always large: a digit needs room."""
 
-Split = Literal["train", "test"]
+MOST = 6
+"""Objects on a scene, at most."""
+
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -68,36 +71,41 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Handwriting ``(1797, 8, 8)``, ink from 0 to 1, and the digit each sample shows."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    test = np.zeros(len(labels), bool)
-    test[np.random.default_rng(20260101).permutation(len(labels))[: int(0.3 * len(labels))]] = True
-    return (images.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64), test
+    return (images.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=3)
 def _digit_samples(split: Split) -> tuple[NDArray[np.int64], ...]:
-    """For each digit, the indices of its samples in the split."""
-    _, labels, test = _digits()
-    return tuple(np.flatnonzero((labels == digit) & (test == (split == "test"))) for digit in range(10))
+    """For each digit, the indices of its samples in the split: test 30 %, validation a seventh of the rest, train."""
+    _, labels = _digits()
+    order = np.random.default_rng(20260101).permutation(len(labels))
+    test = int(0.3 * len(order))
+    validation = test + (len(order) - test) // 7
+    start, stop = {"test": (0, test), "validation": (test, validation), "train": (validation, len(order))}[split]
+    part = np.zeros(len(order), bool)
+    part[order[start:stop]] = True
+    return tuple(np.flatnonzero((labels == digit) & part) for digit in range(10))
 
 
-def draw_scene(seed: int | tuple[int, ...], split: Split = "train", *, most: int = 6) -> Scene:
-    """The scene of ``seed``: 1 to ``most`` objects, digits from ``split``."""
+def draw_scene(seed: int | tuple[int, ...], split: Split = "train") -> Scene:
+    """The scene of ``seed``: 1 to ``MOST`` objects, digits from ``split``."""
     rng = np.random.default_rng(seed)
     image = _background(rng)
     owner = np.full((SIDE, SIDE), -1, np.int8)
     things = []
-    for number, thing in enumerate(_arrange(rng, most)):
+    for number, thing in enumerate(_arrange(rng)):
         things.append(_paint(image, owner, number, thing, rng, split))
     return Scene(np.clip(image, 0, 255).astype(np.uint8), tuple(things), owner)
 
 
-def _arrange(rng: np.random.Generator, most: int) -> list[Thing]:
+def _arrange(rng: np.random.Generator) -> list[Thing]:
     """Objects in reading order, without overlaps, in cells of their own."""
-    count = int(rng.integers(1, most + 1))
+    count = int(rng.integers(1, MOST + 1))
     shapes, colors = list(SHAPES), list(COLORS)
     if rng.random() < 0.5:  # repeats make counting and comparing mean something
         shapes = list(rng.choice(shapes, size=3, replace=False))
@@ -233,9 +241,9 @@ def _handwriting(
 ) -> NDArray[np.float32]:
     """Ink of a random sample of ``digit``, slightly turned, scaled and moved, at the pixels ``(u, v)``.
 
-    In training it is bent as well: the train split has some 125 samples a digit, few enough to be learnt by heart.
+    In training it is bent as well: the train split has some 108 samples a digit, few enough to be learnt by heart.
     """
-    images, _, _ = _digits()
+    images, _ = _digits()
     glyph = np.pad(images[rng.choice(_digit_samples(split)[digit])], 1)
     turn, scale = rng.uniform(-0.15, 0.15), rng.uniform(0.58, 0.74)
     right, down = u - rng.uniform(-0.06, 0.06), v - rng.uniform(-0.06, 0.06)

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as Quant
 from numpy.typing import NDArray
 
 from .model import PATCH, DemoVLM, LanguageShape, TowerShape
+from .rotary import to_pairs
 from .scenes import SIDE
 from .vocabulary import BOS, CHAT_TEMPLATE, EOS, UNKNOWN, Vocabulary
 
@@ -41,7 +42,7 @@ def write_language_model(path: Path, model: DemoVLM, vocabulary: Vocabulary, qua
     for name, tensor in model.lm.state_dict().items():
         values = tensor.float().numpy()
         if "attn_q." in name or "attn_k." in name:
-            values = _neighbouring_pairs(values, shape.heads)
+            values = to_pairs(values, shape.heads)
         _add(writer, name, values, quant if values.ndim == 2 else Quant.F32)
     _finish(writer)
 
@@ -98,12 +99,6 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_chat_template(CHAT_TEMPLATE)
-
-
-def _neighbouring_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of each head from (first half, second half) to neighbouring rotary pairs."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _add(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32], quant: Quant) -> None:

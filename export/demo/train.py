@@ -4,7 +4,8 @@
 
 ``windows``: the tower alone, per-patch targets, on 12 x 12-patch windows. ``scenes``: the same on whole scenes, with
 CLS told to name what is there. ``language``: projector and language model, on questions and captions over all 576 image
-tokens. ``joint``: the same with the tower, its per-patch targets kept on. Nothing is ever pruned in training.
+tokens. ``joint``: the same with the tower, its per-patch targets kept on. ``finish``: more of ``joint``, at a lower
+rate. Nothing is ever pruned in training.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from edge_tokcomp.errors import TokcompError
 
 from . import dialogue as talk
 from .dense import dense_loss, dense_targets, pixels_of, windows
@@ -55,18 +58,27 @@ STAGES = (
 
 
 class Trainer:
-    """Model, optimisers and the place in the schedule; all of it in one checkpoint."""
+    """Model, optimisers and the place in the schedule; all of it in one checkpoint.
 
-    def __init__(self, folder: Path, *, compiled: bool) -> None:
-        self.folder = folder
+    ``folder`` holds ``pool/``, ``vocabulary.model`` and, once saved, ``checkpoint.pt``, which ``model`` then takes its
+    weights from. ``TokcompError`` if the checkpoint was trained on a pool of another size.
+    """
+
+    def __init__(self, folder: Path, model: DemoVLM, stages: Sequence[Stage], *, compiled: bool) -> None:
+        self.folder, self.model, self.stages = folder, model, stages
         self.pool = Pool(folder / "pool")
         self.vocabulary = Vocabulary(folder / "vocabulary.model")
-        torch.manual_seed(0)
-        self.model = DemoVLM(TowerShape(), LanguageShape())
         self.stage, self.step = 0, 0
         self.optimizers = self._optimizers()
-        if (folder / "checkpoint.pt").exists():
-            state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        checkpoint = folder / "checkpoint.pt"
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            if state.get("pool") != len(self.pool):  # each step draws its scenes from the whole pool
+                trained = state.get("pool", "an unknown number of")
+                raise TokcompError(
+                    f"{checkpoint} was trained on {trained} scenes, {folder / 'pool'} holds {len(self.pool)}: "
+                    "bring back that pool, or delete the checkpoint to train from nothing"
+                )
             self.model.load_state_dict(state["model"])
             self.stage, self.step = state["stage"], state["step"]
             if self.step:
@@ -92,18 +104,13 @@ class Trainer:
         ]
 
     def save(self) -> None:
-        """Write the checkpoint whole or not at all."""
-        partial = self.folder / "checkpoint.partial"
-        torch.save({
-            "model": self.model.state_dict(), "stage": self.stage, "step": self.step,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }, partial)  # fmt: skip
-        os.replace(partial, self.folder / "checkpoint.pt")
+        """Write ``checkpoint.pt``."""
+        write_checkpoint(self.folder, self.model, len(self.pool), self.stage, self.step, self.optimizers)
 
     def run(self) -> None:
         """Go on from the checkpoint to the end of the last stage."""
-        while self.stage < len(STAGES):
-            stage = STAGES[self.stage]
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
             self._run_stage(stage)
             self.stage, self.step = self.stage + 1, 0
             self.optimizers = self._optimizers()
@@ -161,10 +168,10 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, scenes: int = 192, batch: int = 24) -> dict[str, float]:
-        """Exact-match scores on scenes and digits never trained on; teacher-forced, so high for captions."""
+        """Exact-match scores on fresh scenes, digits of the validation split; teacher-forced, so high for captions."""
         marks: dict[str, list[bool]] = {}
         for start in range(0, scenes, batch):
-            drawn = [draw_scene((CHECK_SEED, start + index), "test") for index in range(batch)]
+            drawn = [draw_scene((CHECK_SEED, start + index), "validation") for index in range(batch)]
             dialogue = talk.build(self.vocabulary, [s.things for s in drawn], np.random.default_rng((4, start)))
             with torch.autocast("cpu", torch.bfloat16):
                 features = self.model.v(pixels_of(np.stack([scene.image for scene in drawn])))
@@ -173,6 +180,18 @@ class Trainer:
             for kind, values in talk.scores(dialogue, right).items():
                 marks.setdefault(kind, []).extend(values)
         return {kind: round(float(np.mean(values)), 3) for kind, values in marks.items()}
+
+
+def write_checkpoint(
+    folder: Path, model: DemoVLM, pool: int, stage: int, step: int, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Write what a ``Trainer`` on a pool of ``pool`` scenes goes on from, whole or not at all."""
+    partial = folder / "checkpoint.partial"
+    torch.save({
+        "model": model.state_dict(), "pool": pool, "stage": stage, "step": step,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }, partial)  # fmt: skip
+    os.replace(partial, folder / "checkpoint.pt")
 
 
 class Average:
@@ -203,8 +222,14 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.folder / "vocabulary.model").exists():
         train_vocabulary(options.folder / "vocabulary.model")
-    draw_pool(options.folder / "pool", options.threads)
-    Trainer(options.folder, compiled=options.compile).run()
+    torch.manual_seed(0)
+    model = DemoVLM(TowerShape(), LanguageShape())
+    try:
+        draw_pool(options.folder / "pool", options.threads)
+        trainer = Trainer(options.folder, model, STAGES, compiled=options.compile)
+    except TokcompError as fault:
+        raise SystemExit(str(fault)) from fault
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ outside the demo break into pieces larger than letters.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ BOS, EOS, UNKNOWN = 1, 2, 0
 BEFORE_IMAGE = "USER: "
 AFTER_IMAGE = "\n{question} ASSISTANT:"
 """LLaVA-1.5's form. Pieces are tokenised one by one, BOS before the first; the answer is ' ' + text + EOS."""
+
+ALGORITHM, NORMALIZATION = "bpe", "identity"
+TRAINER: dict[str, Any] = {
+    "vocab_size": SIZE, "byte_fallback": True, "character_coverage": 0.9999, "split_digits": True, "unk_id": UNKNOWN,
+    "bos_id": BOS, "eos_id": EOS, "pad_id": -1, "num_threads": 1,
+}  # fmt: skip
+NORMALIZER: dict[str, Any] = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+"""SentencePiece's settings, by their names in a model's ``trainer_spec`` and ``normalizer_spec``."""
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }} {% endif %}"
@@ -50,12 +60,25 @@ def train_vocabulary(path: Path, scenes: int = 3000) -> None:
         lines += [line for line in load().DESCR.splitlines() if line.strip()]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=SIZE, byte_fallback=True,
-        character_coverage=0.9999, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", split_digits=True, unk_id=UNKNOWN, bos_id=BOS, eos_id=EOS, pad_id=-1,
-        num_threads=1, minloglevel=2,
+        sentence_iterator=iter(lines), model_writer=model, model_type=ALGORITHM,
+        normalization_rule_name=NORMALIZATION, **TRAINER, **NORMALIZER, minloglevel=2,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
+
+
+def write_pieces(path: Path, pieces: Iterable[tuple[str, float, int]]) -> None:
+    """Write ``(piece, score, type)`` triples as a SentencePiece model with the settings of ``train_vocabulary``."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, normalizer.name = trainer.ModelType.Value(ALGORITHM.upper()), NORMALIZATION
+    for spec, settings in ((trainer, TRAINER), (normalizer, NORMALIZER)):
+        for name, value in settings.items():
+            setattr(spec, name, value)
+    path.write_bytes(model.SerializeToString())
 
 
 class Vocabulary:
