@@ -2,7 +2,7 @@
 
 python benchmarks/batch_memory.py --images 500
 
-Prints a line every 50 pictures and one JSON object last.
+Prints a line every 50 pictures and one JSON object last; exits 1 if memory grew by more than 2 % after the first 50.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(summary)
     print(json.dumps({"images": options.images, "resident_mib": watch.readings, "peak_mib": round(peak, 1)}))
+    if watch.readings and watch.readings[-1] > 1.02 * watch.readings[0]:
+        sys.exit("memory grew")
 
 
 if __name__ == "__main__":

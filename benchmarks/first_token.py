@@ -1,9 +1,9 @@
 """Time to first token by stage, methods and budgets interleaved in one run.
 
-    python benchmarks/first_token.py --arms none prunesid:64 uniform:64 [--lm LM.gguf --mmproj MMPROJ.gguf]
+    python benchmarks/first_token.py --arms none "prunesid 64" "uniform 64" [--lm LM.gguf --mmproj MMPROJ.gguf]
 
 Every round encodes the picture afresh and answers with one token under each arm in turn; medians over the rounds that
-follow the warm-up, and each arm's ratio to the first, round by round. Prints a Markdown table and one JSON object.
+follow the warm-up, and each arm's ratio to the first, round by round. Prints a Markdown table; ``--out`` takes all.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     arms = [(get_method(arm.split()[0]), int(arm.split()[1]) if " " in arm else 1.0) for arm in options.arms]
     samples: list[list[dict[str, float]]] = [[] for _ in arms]
@@ -54,7 +55,9 @@ def main() -> None:
         ratio = float(np.median(np.array([each["first_token"] for each in timed]) / first))
         rows.append({"arm": name, "medians_ms": medians, "ratio": ratio, "samples": timed})
         print(f"| `{name}` | {' | '.join(f'{medians[stage]:.1f}' for stage in STAGES)} | {ratio:.2f} |")
-    print(json.dumps({"precision": options.precision, "threads": options.threads, "arms": rows}))
+    if options.out:
+        document = {"precision": options.precision, "threads": options.threads, "arms": rows}
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch import PARAMETERS, Told, into, rows, run
 from conftest import Pair
 
+from batch import PARAMETERS, Told, into, rows, run
 from edge_tokcomp.answers import Answer
 from edge_tokcomp.captioning import Summary
 from edge_tokcomp.errors import UsageError

@@ -91,6 +91,7 @@ def test_a_killed_run_is_taken_up_where_it_was(pair: Pair, tmp_path: Path) -> No
     wait_for_lines(out, 4)
     process.kill()
     process.communicate(timeout=120)
+    assert out.read_bytes().count(b"\n") < 31, "the run was over before it was killed"
     out.write_bytes(out.read_bytes()[:-7])
     assert main(command) == 0
     with out.open(encoding="utf-8", newline="") as stream:

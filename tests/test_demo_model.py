@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_transformers import clip_of, llama_of
 from gguf import GGMLQuantizationType as Quant
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from PIL import Image
 from transformers import LlamaForCausalLM
 
+from by_transformers import clip_of, llama_of
 from edge_tokcomp.evaluation import evaluate
 from edge_tokcomp.export.demo.from_gguf import read_weights, write_vocabulary
 from edge_tokcomp.export.demo.model import DemoVLM, LanguageShape, TowerShape

@@ -1,11 +1,13 @@
-"""The strip below an overlay: the counts are always there, whatever the method is called."""
+"""The picture of a plan: each patch in its place, and the counts below, whatever the method is called."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from edge_tokcomp.families.base import Pixels, TowerSpec
 from edge_tokcomp.overlay import draw_overlay
@@ -62,3 +64,21 @@ def test_a_method_that_fits_to_the_pixel_is_not_cut(labels: list[str]) -> None:
     strip(method + "x")
     assert labels[0].endswith("x")
     assert labels[1].endswith("x...")
+
+
+def test_kept_patches_are_shown_as_they_are_in_their_places_and_others_dimmed() -> None:
+    spec = replace(SPEC, image_size=64)
+    light = np.random.default_rng(0).uniform(0.6, 1.0, (1, 3, 32, 64)).astype(np.float32)
+    plan = Plan(np.array([1, 6, 15]), np.array([6, 15, 1]), 32, 32)
+    drawn = draw_overlay(Pixels(light, ((4, 8),)), spec, Layout.of_grids((4, 8)), plan, "pool")
+    patch = drawn.width // 8
+    whole = Image.fromarray((light[0].transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8))
+    plain = np.asarray(whole.resize((8 * patch, 4 * patch), Image.Resampling.BICUBIC), np.float32)
+    shown = np.asarray(drawn, np.float32)[: 4 * patch]
+    for cell in range(32):
+        top, left = cell // 8 * patch + 2, cell % 8 * patch + 2
+        inside = np.s_[top : top + patch - 4, left : left + patch - 4]
+        if cell in plan.keep:
+            np.testing.assert_allclose(shown[inside], plain[inside], atol=1.5)
+        else:
+            assert shown[inside].mean() < 0.6 * plain[inside].mean()

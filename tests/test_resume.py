@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from batch import PARAMETERS, into, rows
 from PIL import Image
 
+from batch import PARAMETERS, into, rows
 from edge_tokcomp.captioning import count_done
 from edge_tokcomp.errors import UsageError
-from edge_tokcomp.parameters import Parameters, params_hash
+from edge_tokcomp.methods import get_method
+from edge_tokcomp.parameters import Parameters, hash_of_model, params_hash
 from edge_tokcomp.resume import Done, check_ids
 from edge_tokcomp.sources import find_sources
 from edge_tokcomp.vlm import VLM
@@ -49,6 +51,26 @@ def test_the_parameters_hash_depends_on_all_that_decides_a_caption() -> None:
     assert base == params_hash("vlm", replace(PARAMETERS))
     others = [("other", PARAMETERS), ("vlm", Parameters("x", 6)), ("vlm", Parameters("what is this", 7))]
     assert len({base, *(params_hash(*other) for other in others)}) == 4
+
+
+def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM, tmp_path: Path) -> None:
+    def like(**changed: object) -> str:
+        names = ("lm", "mmproj", "method", "keep", "seed", "precision", "decoder")
+        given = {name: getattr(vlm, name) for name in names} | changed
+        return hash_of_model(SimpleNamespace(**given))  # type: ignore[arg-type]
+
+    other = tmp_path / "other.gguf"
+    other.write_bytes(vlm.lm.read_bytes()[:-1] + b"!")
+    base = like()
+    assert base == hash_of_model(vlm)
+    changes: list[dict[str, object]] = [
+        {"lm": other}, {"mmproj": other}, {"method": get_method("pool")}, {"method": get_method("todre:form=k_center")},
+        {"keep": 5}, {"seed": 9}, {"precision": "int8"}, {"decoder": SimpleNamespace(n_ctx=77)},
+    ]  # fmt: skip
+    assert len({base, *(like(**change) for change in changes)}) == 1 + len(changes)
+    moved = tmp_path / "moved.gguf"
+    shutil.copy(vlm.lm, moved)
+    assert like(lm=moved) == base
 
 
 def test_the_same_bytes_under_another_name_get_a_row_without_being_computed(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch import PARAMETERS, Told, into, rows, run
 from PIL import Image
 
+from batch import PARAMETERS, Told, into, rows, run
 from edge_tokcomp import sidecars
 from edge_tokcomp.captioning import Summary, count_done
 from edge_tokcomp.errors import TokcompError, UsageError

@@ -327,6 +327,6 @@ def test_picture_arrays_above_the_pixel_limit_are_refused(vlm: VLM) -> None:
         vlm.encode(np.zeros((12000, 12000, 3), np.uint8))
 
 
-def test_the_package_offers_load_without_importing_anything_heavy() -> None:
+def test_the_package_offers_load_and_the_class() -> None:
     assert edge_tokcomp.load is load
     assert edge_tokcomp.VLM is VLM

@@ -14,10 +14,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from by_transformers import clip_names
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from by_transformers import clip_names
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
