@@ -17,6 +17,7 @@ from .errors import UsageError
 from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
 from .methods import get_method, method_table
+from .methods.options import spell
 from .text import unheard
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def methods(options: argparse.Namespace) -> int:
         print(f"{row['name']:15} {row['title']}{needs}")  # noqa: T201
         print(f"{'':15} {row['source']}")  # noqa: T201
         if row["options"]:
-            settings = ", ".join(f"{name}={value['default']}" for name, value in row["options"].items())
+            settings = ", ".join(f"{name}={spell(value['default'])}" for name, value in row["options"].items())
             print(f"{'':15} {settings}")  # noqa: T201
     return 0
 
