@@ -11,18 +11,21 @@ import pytest
 from conftest import Pair
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_info
 
 import edge_tokcomp
 from edge_tokcomp.errors import ImageError, TokcompError, UsageError
-from edge_tokcomp.language.decoder import PlainDecoder
+from edge_tokcomp.language import binding
+from edge_tokcomp.language.decoder import PlainDecoder, available_cores
 from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.sampling import Sampling
 from edge_tokcomp.language.token_embedding import TokenEmbedding
-from edge_tokcomp.methods import get_method
+from edge_tokcomp.methods import Picks, get_method
 from edge_tokcomp.records import STAGES
 from edge_tokcomp.tokens import Rows
 from edge_tokcomp.vlm import CAPTION_PROMPT, VLM, load
+from made_up_images import answering
 from tiny_mmproj import write_mmproj
 from tiny_models import CHATML, write_tiny_llama
 
@@ -330,3 +333,29 @@ def test_picture_arrays_above_the_pixel_limit_are_refused(vlm: VLM) -> None:
 def test_the_package_offers_load_and_the_class() -> None:
     assert edge_tokcomp.load is load
     assert edge_tokcomp.VLM is VLM
+
+
+def test_one_thread_budget_reaches_all_three_libraries(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    blas: list[int] = []
+
+    def watching(rows: Any, k: int) -> Picks:
+        blas.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return Picks(np.arange(k))
+
+    asked: list[tuple[int, int]] = []
+    plain = binding.llama.llama_init_from_model
+
+    def listening(model: Any, params: Any) -> Any:
+        asked.append((params.n_threads, params.n_threads_batch))
+        return plain(model, params)
+
+    monkeypatch.setattr(binding.llama, "llama_init_from_model", listening)
+    for threads in (1, 2):
+        blas.clear()
+        asked.clear()
+        with load(pair.lm, pair.mmproj, threads=threads, provider="cpu", method=answering(watching), keep=9) as vlm:
+            vlm.caption(scene(), **SHORT)
+            graphs = (vlm.tower._tower, vlm.tower._projector)
+            assert {graph.get_session_options().intra_op_num_threads for graph in graphs} == {threads}
+        assert set(blas) == {min(threads, available_cores())}
+        assert set(asked) == {(threads, threads)}
