@@ -150,7 +150,7 @@ def figure(document: dict[str, Any], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.set_xticks(x, [f"{tokens:.0f}" for tokens in x], fontsize=8)
-        axis.tick_params(axis="both", which="both", labelsize=8)
+        axis.tick_params(axis="both", which="both", labelsize=8, labelbottom=place + columns >= len(names))
     axes[0].legend(fontsize=7, loc="lower right")
     canvas.supxlabel("image tokens in the language model", fontsize=9)
     canvas.supylabel(f"mean of {len(set(document['arms'][0]['tasks']) - set(PLACED))} tasks, per cent", fontsize=9)
