@@ -233,7 +233,7 @@ class _Job:
         return ""
 
     def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
-        image = open_image(data, max_pixels=self.vlm.max_pixels)
+        image = open_image(data, max_pixels=self.vlm.encoder.max_pixels)
         reading = (time.perf_counter() - started) * 1e3
         encoded = self.vlm.encode(image, parameters.prompt)
         encoded.timings_ms["decode"] += reading

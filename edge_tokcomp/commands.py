@@ -67,7 +67,7 @@ def caption(options: argparse.Namespace) -> int:
         done = already()
         console = Console(len(sources))
         stack.callback(console.close)
-        console.say(f"{vlm.lm.name}, tower {vlm.tower.provider_reason}, {len(sources)} images")
+        console.say(f"{vlm.lm.name}, tower {vlm.encoder.tower.provider_reason}, {len(sources)} images")
         if warning:
             console.say(warning)
         try:
@@ -142,13 +142,14 @@ def _dry_run(
     from .captioning import count_done
     from .parameters import prompt_rows
 
-    before = vlm.spec.patches
+    encoder = vlm.encoder
+    before = encoder.spec.patches
     after = tokens_to_keep(vlm.keep, before) if vlm.method.compresses else before
     skip = count_done(vlm, sources, parameters, done, sidecar, overwrite)
     lines = {
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.model.n_layer} layers)",
-        "tower": f"{vlm.mmproj} ({vlm.family.name}, {vlm.precision}, {vlm.tower.provider_reason})",
+        "tower": f"{vlm.mmproj} ({encoder.family.name}, {encoder.precision}, {encoder.tower.provider_reason})",
         "image tokens": f"{describe(before, after)} a crop, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
@@ -181,8 +182,8 @@ def inspect(options: argparse.Namespace) -> int:
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
-        pixels = vlm.family.preprocess(encoded.image.picture, vlm.spec)
-        picture = draw_overlay(pixels, vlm.spec, encoded.tokens.layout, encoded.plan, str(vlm.method))
+        pixels = vlm.encoder.family.preprocess(encoded.image.picture, vlm.encoder.spec)
+        picture = draw_overlay(pixels, vlm.encoder.spec, encoded.tokens.layout, encoded.plan, str(vlm.method))
     try:
         write_whole(options.out, lambda stream: picture.save(stream, form))
     except OSError as fault:

@@ -65,7 +65,7 @@ def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False)
             tasks[task] |= paired(mine[task], plain[task])
     return {
         "method": str(vlm.method), "keep": vlm.keep, "scenes": scenes, "seed": seed, "wrong_image": wrong_image,
-        "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.precision, "version": __version__,
+        "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.encoder.precision, "version": __version__,
         "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip
 

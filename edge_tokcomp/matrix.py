@@ -61,8 +61,8 @@ def run_matrix(
             row["baseline"] = {"method": best, "low": _rounded(low), "high": _rounded(high)}
         rows.append(row)
     return {
-        "model": vlm.lm.name, "precision": vlm.precision, "scenes": scenes, "seed": seed, "version": __version__,
-        "seconds": round(time.perf_counter() - started, 1), "arms": rows,
+        "model": vlm.lm.name, "precision": vlm.encoder.precision, "scenes": scenes, "seed": seed,
+        "version": __version__, "seconds": round(time.perf_counter() - started, 1), "arms": rows,
     }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def hash_of_model(vlm: VLM) -> str:
     """Identifies the model's files and everything set at its loading that decides a caption."""
     values = {
         "lm": _fingerprint(vlm.lm), "mmproj": _fingerprint(vlm.mmproj), "method": repr(vlm.method),
-        "keep": vlm.keep, "seed": vlm.seed, "precision": vlm.precision, "n_ctx": vlm.decoder.n_ctx,
+        "keep": vlm.keep, "seed": vlm.seed, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +99,7 @@ def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
     """What was chosen where the user may have left it open, with the reason where there is one."""
     written = chat_prompt(vlm.model, prompt, 1)
     choices: dict[str, str | int] = {
-        "provider": vlm.tower.provider_reason, "precision": vlm.precision, "n_ctx": vlm.decoder.n_ctx,
+        "provider": vlm.encoder.tower.provider_reason, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
         "threads": vlm.threads, "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
     logger.info("%s", ", ".join(f"{name} {value}" for name, value in choices.items()))

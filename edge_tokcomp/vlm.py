@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,12 @@ from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as Pil
-from threadpoolctl import ThreadpoolController
 
 from .answers import Answer, AnswerStream, EncodedImage
 from .budget import parse_keep, tokens_to_keep
+from .encoder import ImageEncoder, Picture
 from .errors import TokcompError, UsageError
-from .families import family_named
-from .families.base import Pixels
-from .images import MAX_PIXELS, Image, open_image, wrap_image
+from .images import MAX_PIXELS
 from .language.decoder import PlainDecoder, available_cores
 from .language.generation import Generation, generate
 from .language.model import LanguageModel
@@ -30,14 +27,11 @@ from .language.prompt import chat_prompt
 from .language.sampling import Sampling
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .tokens import Rows, VisionTokens
-from .tower import Provider, Tower
+from .tokens import Rows
+from .tower import Provider
 
 DEFAULT_METHOD = "prunesid"
 CAPTION_PROMPT = "Describe the image."
-
-Picture = Any
-"""A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image`` or an ``EncodedImage``."""
 
 _IMAGE_STAGES = ("decode", "preprocess", "encode", "compress")
 
@@ -105,26 +99,24 @@ class VLM:
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, precision: Literal["fp32", "int8"],
         provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
-        from .export.tower_files import cached_tower
-
         self.lm, self.mmproj, self.method, self.keep = lm, mmproj, method, keep
-        self.precision, self.seed, self.max_pixels = precision, seed, max_pixels
+        self.seed, self.threads = seed, threads
         with ExitStack() as stack:
             self.model = stack.enter_context(LanguageModel.open(lm, gpu_layers=gpu_layers, threads=threads))
-            files = cached_tower(mmproj, precision, threads=threads)
-            self.spec, self.family = files.spec, family_named(files.spec.family)
-            self.tower = Tower(files.directory, provider=provider, threads=threads)
-            if self.tower.language_width != self.model.n_embd_inp:
+            self.encoder = ImageEncoder(
+                mmproj, self._embedded, precision=precision, provider=provider, threads=threads, seed=seed,
+                max_pixels=max_pixels,
+            )  # fmt: skip
+            width = self.encoder.tower.language_width
+            if width != self.model.n_embd_inp:
                 raise TokcompError(
-                    f"{mmproj} writes rows of {self.tower.language_width}, {lm} takes {self.model.n_embd_inp}; "
+                    f"{mmproj} writes rows of {width}, {lm} takes {self.model.n_embd_inp}; "
                     "the two files are not of one model"
                 )
             self.embedding = TokenEmbedding.of(self.model)
             self.decoder = stack.enter_context(
                 PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
             )
-            self._pools = ThreadpoolController()
-            self.threads = threads
             self._held: tuple[object, ...] | None = None
             self._closed = False
             self._timed: WeakSet[EncodedImage] = WeakSet()
@@ -141,45 +133,15 @@ class VLM:
             if picture.question in (None, question):
                 return picture
             return self.compress(picture, picture.method, picture.keep, question)
-        clock = _Clock()
-        image = self._open(picture)
-        clock.stop("decode")
-        pixels = self.family.preprocess(image.picture, self.spec)
-        clock.stop("preprocess")
-        tokens = self._tokens(pixels)
-        clock.stop("encode")
-        parts = self.family.prompt(pixels)
-        return self._compressed(image, tokens, parts, clock.times, self.method, self.keep, question)
+        return self.encoder.encode(picture, self.method, self.keep, question)
 
     def compress(
         self, encoded: EncodedImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
     ) -> EncodedImage:
         """The same encoded picture under another method and budget."""
-        return self._compressed(
-            encoded.image, encoded.tokens, encoded.parts, encoded.timings_ms, method, keep, question
-        )  # fmt: skip
+        return self.encoder.compress(encoded, method, keep, question)
 
-    def _compressed(
-        self, image: Image, tokens: VisionTokens, parts: tuple[str | int, ...], times: Mapping[str, float],
-        method: Method, keep: int | float, question: str,
-    ) -> EncodedImage:  # fmt: skip
-        clock = _Clock()
-        asked = "query" in method.needs | method.wants
-        query = self._embedded(question, special=False) if asked else None
-        with self._pools.limit(limits=self.threads, user_api="blas"):
-            plan = method.compress(tokens, keep, seed=self.seed, query=query)
-        kept = np.asarray(tokens.rows(plan), np.float32)
-        crop = tokens.layout.crop[plan.keep]
-        rows = np.concatenate([
-            kept[crop == part] if isinstance(part, int) else self._embedded(part, special=True) for part in parts
-        ])  # fmt: skip
-        clock.stop("compress")
-        return EncodedImage(
-            image, tokens, plan, rows, parts, {**times, **clock.times}, method, keep, question if asked else None
-        )
-
-    def _embedded(self, text: str, *, special: bool) -> NDArray[np.float32]:
-        """``(n, width)``: the rows the language model's own table holds for ``text``; ``special`` obeys its tokens."""
+    def _embedded(self, text: str, special: bool) -> NDArray[np.float32]:
         return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=special))
 
     @overload
@@ -236,7 +198,7 @@ class VLM:
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
         pieces = chat_prompt(self.model, question, 1).tokenize(self.model)
-        patches = self.spec.patches
+        patches = self.encoder.spec.patches
         kept = tokens_to_keep(self.keep, patches) if self.method.compresses else patches
         return sum(len(piece) for piece in pieces) + kept + 1
 
@@ -253,28 +215,6 @@ class VLM:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open(self, picture: Picture) -> Image:
-        if isinstance(picture, Image):
-            return picture
-        if isinstance(picture, Pil.Image):
-            return wrap_image(picture, max_pixels=self.max_pixels)
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise UsageError(f"a picture array must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
-            return wrap_image(Pil.fromarray(picture), max_pixels=self.max_pixels)
-        return open_image(picture, max_pixels=self.max_pixels)
-
-    def _tokens(self, pixels: Pixels) -> VisionTokens:
-        """Run the tower on all crops and lay their rows end to end."""
-        output = self.tower.encode(pixels.crops)
-        attention = output.cls_attention
-        return VisionTokens(
-            output.features.reshape(-1, output.features.shape[-1]),
-            self.family.layout(pixels),
-            partial(_project, self.tower),
-            None if attention is None else np.concatenate(list(attention), axis=-1),
-        )
 
     def _encode_all(self, picture: Picture, question: str) -> list[EncodedImage]:
         pictures = picture if isinstance(picture, (list, tuple)) else [picture]
@@ -310,7 +250,7 @@ class VLM:
             )
         silent = np.zeros(len(rows), np.bool_)
         self.decoder.decode(
-            [Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.family.causal
+            [Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.encoder.family.causal
         )
 
     def _generate(self, rows: Rows, sampling: Sampling | None, max_tokens: int, stop: Sequence[str]) -> Generation:
@@ -333,20 +273,3 @@ class VLM:
             self._generate(rows, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
         )
         return self._streaming
-
-
-def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return tower.project(np.ascontiguousarray(rows, np.float32))
-
-
-class _Clock:
-    """Milliseconds between stops, by name."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.times[name] = (now - self._last) * 1e3
-        self._last = now

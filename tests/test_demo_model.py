@@ -53,12 +53,13 @@ def test_the_two_files_are_small_enough_for_a_repository() -> None:
 
 def test_the_tower_equals_clip_of_transformers(vlm: VLM) -> None:
     scenes = [Image.fromarray(draw_scene((12, seed), "test").image) for seed in range(3)]
-    pixels = np.concatenate([vlm.family.preprocess(scene, vlm.spec).crops for scene in scenes])
-    clip = clip_of(tensors(DEMO_MMPROJ), vlm.spec.heads, vlm.spec.image_size, vlm.spec.patch_size)
+    pixels = np.concatenate([vlm.encoder.family.preprocess(scene, vlm.encoder.spec).crops for scene in scenes])
+    spec = vlm.encoder.spec
+    clip = clip_of(tensors(DEMO_MMPROJ), spec.heads, spec.image_size, spec.patch_size)
     with torch.no_grad():
         truth = clip(torch.from_numpy(pixels), output_hidden_states=True, output_attentions=True)
     features, attention = truth.hidden_states[-2].numpy(), truth.attentions[-2][:, :, 0].numpy()
-    output = vlm.tower.encode(pixels)
+    output = vlm.encoder.tower.encode(pixels)
     assert np.linalg.norm(output.features - features) <= 1e-4 * np.linalg.norm(features)
     assert output.cls_attention is not None
     assert np.linalg.norm(output.cls_attention - attention) <= 1e-4 * np.linalg.norm(attention)

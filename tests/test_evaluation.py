@@ -19,7 +19,7 @@ class Scripted:
 
     def __init__(self, method: str, keep: int | float, *, talkative: bool = False) -> None:
         self.method, self.keep, self.talkative = get_method(method), keep, talkative
-        self.lm, self.precision = SimpleNamespace(name="scripted"), "fp32"
+        self.lm, self.encoder = SimpleNamespace(name="scripted"), SimpleNamespace(precision="fp32")
         self.shown = -1
 
     def encode(self, image: np.ndarray) -> int:

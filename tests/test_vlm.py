@@ -355,7 +355,7 @@ def test_one_thread_budget_reaches_all_three_libraries(pair: Pair, monkeypatch: 
         asked.clear()
         with load(pair.lm, pair.mmproj, threads=threads, provider="cpu", method=answering(watching), keep=9) as vlm:
             vlm.caption(scene(), **SHORT)
-            graphs = (vlm.tower._tower, vlm.tower._projector)
+            graphs = (vlm.encoder.tower._tower, vlm.encoder.tower._projector)
             assert {graph.get_session_options().intra_op_num_threads for graph in graphs} == {threads}
         assert set(blas) == {min(threads, available_cores())}
         assert set(asked) == {(threads, threads)}
