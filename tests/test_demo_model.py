@@ -64,7 +64,7 @@ def test_the_tower_equals_clip_of_transformers(vlm: VLM) -> None:
     assert output.cls_attention is not None
     assert np.linalg.norm(output.cls_attention - attention) <= 1e-4 * np.linalg.norm(attention)
     with load(precision="int8") as small:
-        rough = small.tower.encode(pixels).features
+        rough = small.encoder.tower.encode(pixels).features
     cosine = (rough * features).sum(-1) / np.linalg.norm(rough, axis=-1) / np.linalg.norm(features, axis=-1)
     assert cosine.mean() >= 0.999
     assert cosine.min() >= 0.99
