@@ -9,6 +9,7 @@ from edge_tokcomp.errors import UsageError
 from edge_tokcomp.methods.layer_step import LayerState, LayerStep
 from edge_tokcomp.methods.layer_steps import (
     LAYER_STEPS,
+    DuplicatesDrop,
     FastV,
     InformationMigration,
     PyramidDrop,
@@ -28,6 +29,9 @@ def state(rows: int = 30, entered: int | None = None, seed: int = 0, crops: int 
         image=4 + np.arange(rows),
         text=4 + rows + np.arange(6),
         attention=rng.dirichlet(np.full(rows + 10, 0.3), 6).astype(np.float32),
+        keys=rng.uniform(1, 9, rows + 10).astype(np.float32),
+        words=rng.standard_normal((6, 12)).astype(np.float32),
+        final_norm=rng.uniform(0.5, 2, 12).astype(np.float32),
     )
 
 
@@ -47,6 +51,26 @@ def test_pyramid_halves_what_is_left():
         left = len(PyramidDrop().survivors(state(left, 576), 0.5))
         counts.append(left)
     assert counts == [288, 144, 72]
+
+
+def test_dart_keeps_the_rows_with_the_largest_keys_and_those_least_like_them_and_like_such_words():
+    given = state(entered=48)
+    normed = {i: given.hidden[i] * given.final_norm for i in range(30)}
+    pivots = sorted(range(30), key=lambda i: -given.keys[given.image[i]])[:2]
+    said = sorted(range(6), key=lambda i: -given.keys[given.text[i]])[:3]
+    directions = [normed[i] for i in pivots] + [given.words[i] * given.final_norm for i in said]
+    kept = set(pivots)
+    for direction in directions:  # 12 rows: 2 pivots and 2 for each of 5
+        alike = {
+            i: direction @ row / np.linalg.norm(direction) / np.linalg.norm(row)
+            for i, row in normed.items()
+            if i not in kept
+        }
+        kept |= set(sorted(alike, key=alike.__getitem__)[:2])
+    step = DuplicatesDrop(image_pivots=2, text_pivots=3)
+    assert step.survivors(given, 0.25).tolist() == sorted(kept)
+    assert len(step.survivors(state(576), 0.222)) == 128
+    assert len(step.survivors(given, 1 / 48)) == 1
 
 
 def test_todre_drops_the_whole_image_once_text_hardly_looks_at_it():
@@ -187,3 +211,5 @@ def test_a_step_that_breaks_its_contract_is_named():
     bare = LayerState(given.hidden, given.crop, 30, given.image, given.text)
     with pytest.raises(ValueError, match="needs attention"):
         FastV().survivors(bare, 0.5)
+    with pytest.raises(ValueError, match="needs keys, words and final_norm"):
+        DuplicatesDrop().survivors(bare, 0.5)

@@ -54,15 +54,20 @@ class DART(Method):
         if rows.query is not None:
             words = unit_rows(rows.query)
             chosen_by += [words[int(word), :] for word in top_k(lengths(rows.query), self.text_pivots)]
-        unlike = -to_numpy(settle(unit @ xp.matrix_transpose(xp.stack(chosen_by))))
-        free = np.ones(len(rows), bool)
-        free[pivots] = False
-        picks: list[Ints] = [pivots]
-        for column, number in enumerate(share(k - len(pivots), [1] * len(chosen_by))):
-            taken = top_k(np.where(free, unlike[:, column], -np.inf), number)
-            free[taken] = False
-            picks.append(taken)
-        return Picks(np.concatenate(picks))
+        return Picks(take_turns(to_numpy(settle(unit @ xp.matrix_transpose(xp.stack(chosen_by)))), pivots, k))
+
+
+def take_turns(alike: NDArray[np.float64], pivots: Ints, k: int) -> Ints:
+    """``pivots``, and up to ``k`` rows in all that the columns of ``alike (N, P)`` take in turn, an equal share each:
+    those of smallest value that are still free."""
+    free = np.ones(len(alike), bool)
+    free[pivots] = False
+    picks: list[Ints] = [pivots]
+    for column, number in enumerate(share(k - len(pivots), [1] * alike.shape[1])):
+        taken = top_k(np.where(free, -alike[:, column], -np.inf), number)
+        free[taken] = False
+        picks.append(taken)
+    return np.concatenate(picks)
 
 
 def lengths(rows: Array) -> NDArray[np.float64]:

@@ -27,6 +27,9 @@ class LayerState:
     image, crop or frame each belongs to. ``entered``: image rows that entered the language model.
     ``attention (t, m) float32``: softmax attention, mean of heads, of the ``t`` text rows after the image to all ``m``
     rows of the sequence, where the step names it. ``image (n,)``, ``text (t,)``: places of those rows among the m.
+    ``keys (m,) float32``: L1 norm of every row's key in the layer before, all heads, after rotation; ``words (t, d)``:
+    hidden states of the text rows; ``final_norm (d,)``: weight of the norm before the model's head; all three for
+    steps with ``looks_at_keys``.
     """
 
     hidden: NDArray[np.float32]
@@ -35,6 +38,9 @@ class LayerState:
     image: Ints
     text: Ints
     attention: NDArray[np.float32] | None = None
+    keys: NDArray[np.float32] | None = None
+    words: NDArray[np.float32] | None = None
+    final_norm: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -46,7 +52,8 @@ class LayerStep(ABC):
 
     ``at``: pairs of layer and amount, ascending. A layer is an int, counted from 0: rows dropped at l never reach it;
     or a fraction of the depth, rounded down. What the amount means is the step's.
-    ``needs``: ``attention`` if it looks at attention, of the layer before the cut (``previous``) or after (``next``).
+    ``attention``: whether it looks at that of the layer before the cut (``previous``) or after it (``next``).
+    ``looks_at_keys``: whether it needs the parts of the state that say so.
     """
 
     at: tuple[tuple[int | float, float], ...]
@@ -57,6 +64,7 @@ class LayerStep(ABC):
     amount: ClassVar[str]
     """What the amount means, for the list of steps."""
     attention: ClassVar[Literal["none", "previous", "next"]] = "none"
+    looks_at_keys: ClassVar[bool] = False
     most: ClassVar[float] = 1.0
     """The largest amount that makes sense; 0 is the smallest."""
 
@@ -100,6 +108,8 @@ class LayerStep(ABC):
             return np.zeros(0, np.int64)
         if self.attention != "none" and state.attention is None:
             raise ValueError(f"{self.name} needs attention")
+        if self.looks_at_keys and any(part is None for part in (state.keys, state.words, state.final_norm)):
+            raise ValueError(f"{self.name} needs keys, words and final_norm")
         kept = np.asarray(self.choose(state, amount), np.int64)
         if len(kept) and (kept[0] < 0 or kept[-1] >= len(state) or np.any(np.diff(kept) <= 0)):
             raise ValueError(f"{self.name} must return ascending indices below {len(state)}, got {kept.tolist()}")

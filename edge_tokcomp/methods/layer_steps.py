@@ -1,4 +1,4 @@
-"""The layer steps: FastV, PyramidDrop, ToDRE's stage II and LUVC's spectrum pruning; reading them from text."""
+"""The layer steps: FastV, PyramidDrop, DART, ToDRE's stage II and LUVC's spectrum pruning; reading them from text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..tokens import Ints
+from .dart import take_turns
+from .kernels import settle, top_k, unit_rows
 from .layer_step import LayerState, LayerStep, highest, rows_of
 from .options import match_options, read_value, suggest
 
@@ -49,6 +51,43 @@ class PyramidDrop(LayerStep):
     def choose(self, state: LayerState, amount: float) -> Ints:
         """By the last text row's attention in the layer that follows."""
         return highest(_last_row(state), rows_of(amount, len(state)))
+
+
+@dataclass(frozen=True)
+class DuplicatesDrop(LayerStep):
+    """DART: the image rows least like a few pivots; the amount is the share of the rows that entered.
+
+    Pivots are the ``image_pivots`` image rows and the ``text_pivots`` text rows with the largest L1 norm of keys. The
+    image's own are kept, and each pivot in turn takes an equal share of the rows least like it (cosine of hidden states
+    after the model's final norm) that are still free. The ports round each share down and add the pivots, which gives
+    up to 4 rows more or fewer than the amount says; here the sum is exact.
+    """
+
+    at: tuple[tuple[int | float, float], ...] = ((2, 0.222),)
+    image_pivots: int = 4
+    text_pivots: int = 4
+
+    name: ClassVar[str] = "dart"
+    title: ClassVar[str] = "DART"
+    source: ClassVar[str] = "EMNLP 2025, from ports of its code"
+    amount: ClassVar[str] = "share of the image rows kept"
+    looks_at_keys: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_pivots < 1 or self.text_pivots < 0:
+            raise UsageError("dart: image_pivots must be 1 or more and text_pivots 0 or more")
+
+    def choose(self, state: LayerState, amount: float) -> Ints:
+        """Pivots, then what they take in turn."""
+        if state.keys is None or state.words is None or state.final_norm is None:
+            raise ValueError("the step needs keys, words and final_norm")
+        budget = min(rows_of(amount, state.entered), len(state))
+        pivots = top_k(state.keys[state.image], min(self.image_pivots, budget))
+        words = top_k(state.keys[state.text], min(self.text_pivots, len(state.text)))
+        rows = unit_rows(state.hidden * state.final_norm)
+        chosen_by = np.concatenate([rows[pivots], unit_rows(state.words * state.final_norm)[words]])
+        return np.sort(take_turns(settle(rows @ chosen_by.T), pivots, budget))
 
 
 @dataclass(frozen=True)
@@ -129,7 +168,7 @@ class Spectrum(LayerStep):
 
 
 LAYER_STEPS: dict[str, type[LayerStep]] = {
-    step.name: step for step in (Spectrum, InformationMigration, FastV, PyramidDrop)
+    step.name: step for step in (Spectrum, InformationMigration, FastV, PyramidDrop, DuplicatesDrop)
 }
 
 
