@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import TokcompError, UsageError
+from .tokens import Ints
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -38,19 +40,30 @@ class TowerOutput:
 
     ``features (B, rows, D) float32``, CLS row first where the tower has one.
     ``cls_attention (B, heads, rows) float32``: the softmax weights of the CLS query, None without a CLS.
+    ``keys (B, rows, Dk) float32``: that block's attention keys averaged over heads, None unless asked for.
+    ``owners``: for each merge of a tower that merges, ``(B, N) int64``: the cell of the grid after it, in raster order,
+    that each of the picture's N patches is in.
     """
 
     features: Floats
     cls_attention: Floats | None
+    keys: Floats | None = None
+    owners: tuple[Ints, ...] = ()
+
+    @property
+    def owner(self) -> Ints | None:
+        """``(B, N) int64``: the row, CLS not counted, that each patch is in at the end; None where nothing merges."""
+        return self.owners[-1] if self.owners else None
 
 
 class Tower:
     """An exported tower, loaded.
 
     ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
-    why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, ``rows``, ``width``
-    (D) and ``language_width`` (d). Raises ``TokcompError`` when the directory holds no tower, ONNX Runtime is not
-    installed, or the provider asked for does not start; it never falls back from one that was asked for.
+    why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, pixels of the
+    pictures it was made for, ``patch_size``, ``width`` (D) and ``language_width`` (d). Raises ``TokcompError`` when the
+    directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never falls
+    back from one that was asked for.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, provider: Provider = "auto", threads: int) -> None:
@@ -72,34 +85,56 @@ class Tower:
                 for path, session in zip(paths, sessions, strict=True)
             ]
         self._tower, self._projector = sessions
-        self._outputs = [output.name for output in self._tower.get_outputs()]
+        outputs = [output.name for output in self._tower.get_outputs()]
+        self._owners = [name for name in outputs if name.startswith("owner_")]
+        self._usual = [name for name in outputs if name in ("features", "cls_attention")] + self._owners
+        self._further = set(outputs) - set(self._usual)
         try:
+            properties = self._tower.get_modelmeta().custom_metadata_map
+            side, self.patch_size, self._heads = (int(properties[n]) for n in ("image_size", "patch_size", "heads"))
+            self.image_size: tuple[int, int] = side, side
             _, _, height, width = self._tower.get_inputs()[0].shape
-            self.image_size: tuple[int, int] = int(height), int(width)
-            _, self.rows, self.width = self._tower.get_outputs()[self._outputs.index("features")].shape
+            self._takes: tuple[int | str, int | str] = height, width
+            self.width: int = self._tower.get_outputs()[outputs.index("features")].shape[2]
             self.language_width: int = self._projector.get_outputs()[0].shape[1]
-        except (ValueError, TypeError, IndexError) as fault:
+            if not (1 <= self.patch_size <= side and self._heads >= 1) or self.width % self._heads:
+                raise ValueError(f"pictures of {side}, patches of {self.patch_size}, heads {self._heads}")
+        except (ValueError, TypeError, IndexError, KeyError) as fault:
             raise TokcompError(
-                f"{self.directory}: its graphs are no tower and projector ({fault}); export the tower again"
+                f"{self.directory}: its graphs are no tower and projector ({fault!r}); export the tower again"
             ) from fault
 
-    def encode(self, pixels: Floats) -> TowerOutput:
+    def encode(self, pixels: Floats, want: Collection[Literal["keys"]] = ()) -> TowerOutput:
         """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B.
 
+        H and W are ``image_size`` or other multiples of ``patch_size``; a tower that merges takes one size. ``want``:
+        what is to be computed besides the features and the CLS attention.
         Raises ``TokcompError`` when ONNX Runtime fails, most often for want of memory.
         """
         if (
             pixels.dtype != np.float32
             or pixels.ndim != 4
-            or pixels.shape[1:] != (3, *self.image_size)
+            or pixels.shape[1] != 3
             or not len(pixels)
+            or not all(self._fits(axis, length) for axis, length in enumerate(pixels.shape[2:]))
         ):
-            raise ValueError(
-                f"pixels must be (B, {str((3, *self.image_size))[1:]} float32, got {pixels.shape} {pixels.dtype}"
-            )
-        found = self._run("tower", self._tower, self._outputs, {"pixels": pixels})
-        values = dict(zip(self._outputs, found, strict=True))
-        return TowerOutput(values["features"], values.get("cls_attention"))
+            sides = ", ".join(str(side) if type(side) is int else f"n*{self.patch_size}" for side in self._takes)
+            raise ValueError(f"pixels must be (B, 3, {sides}) float32, got {pixels.shape} {pixels.dtype}")
+        if not self._further.issuperset(want):
+            raise ValueError(f"this tower does not return {', '.join(sorted(set(want) - self._further))}")
+        names = [*self._usual, *want]
+        found = dict(zip(names, self._run("tower", self._tower, names, {"pixels": pixels}), strict=True))
+        keys = found.get("keys")
+        if keys is not None:
+            keys = keys.reshape(*keys.shape[:2], self._heads, -1).mean(axis=2)
+        return TowerOutput(
+            found["features"], found.get("cls_attention"), keys, tuple(found[name] for name in self._owners)
+        )  # fmt: skip
+
+    def _fits(self, axis: int, length: int) -> bool:
+        if type(self._takes[axis]) is int:
+            return length == self._takes[axis]
+        return length == self.image_size[axis] or (length > 0 and length % self.patch_size == 0)
 
     def project(self, rows: Floats) -> Floats:
         """``rows (n, D) float32`` to ``(n, d) float32``; any n.
@@ -119,9 +154,9 @@ class Tower:
 
     def _run(
         self, name: str, session: onnxruntime.InferenceSession, outputs: list[str], inputs: dict[str, Floats]
-    ) -> list[Floats]:
+    ) -> list[Any]:
         try:
-            results: list[Floats] = session.run(outputs, inputs)
+            results: list[Any] = session.run(outputs, inputs)
         except Exception as fault:  # ONNX Runtime's exceptions share no base but this.
             instead = "use provider cpu" if self.provider == "cuda" else "export the tower again"
             raise TokcompError(

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_tokcomp.families.base import TowerSpec
-from edge_tokcomp.tower import Tower
+from edge_tokcomp.tower import Tower, TowerOutput
+from edge_tokcomp.variant import TowerVariant
 
 from .mmproj import Mmproj
 from .reference import reference_projector, reference_tower
+from .vit import picture_size
 
 Floats = NDArray[np.float32]
 
@@ -27,25 +29,29 @@ CLOSE = 0.999
 class Check:
     """Errors against the NumPy reference.
 
-    ``features``, ``cls_attention``, ``embeddings``: relative errors, ``|export - source| / |source|`` (0 where there is
-    no CLS). ``cosine``, ``worst_cosine``: mean and least over the rows of the features.
+    ``features``, ``cls_attention``, ``keys``, ``embeddings``: relative errors, ``|export - source| / |source|`` (0
+    where there is no CLS). ``cosine``, ``worst_cosine``: mean and least over the rows of the features. ``misplaced``:
+    fraction of the patches that a merge put elsewhere than the source does.
     """
 
     features: float
     cls_attention: float
+    keys: float
     embeddings: float
     cosine: float
     worst_cosine: float
+    misplaced: float
 
     @property
     def exact(self) -> bool:
         """Within rounding of the source."""
-        return all(error <= EXACT for error in (self.features, self.cls_attention, self.embeddings))
+        errors = (self.features, self.cls_attention, self.keys, self.embeddings)
+        return all(error <= EXACT for error in errors) and not self.misplaced
 
     @property
     def close(self) -> bool:
         """Good enough for a quantised tower."""
-        return self.cosine >= CLOSE and self.embeddings <= EXACT
+        return self.cosine >= CLOSE and self.embeddings <= EXACT and not self.misplaced
 
     def to_dict(self) -> dict[str, float]:
         """The fields as JSON values."""
@@ -54,60 +60,71 @@ class Check:
     def __str__(self) -> str:
         return (
             f"relative error of features {self.features:.1e}, CLS attention {self.cls_attention:.1e}, "
-            f"projector {self.embeddings:.1e}; cosine {self.cosine:.5f}, worst row {self.worst_cosine:.5f}"
+            f"keys {self.keys:.1e}, projector {self.embeddings:.1e}; cosine {self.cosine:.5f}, worst row "
+            f"{self.worst_cosine:.5f}; patches merged elsewhere {self.misplaced:.1%}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A picture, and what the source makes of it."""
+    """A picture, and what the source makes of it: ``output`` of the tower, ``embeddings`` of the projector."""
 
     pixels: Floats
-    features: Floats
-    cls_attention: Floats | None
+    output: TowerOutput
     embeddings: Floats
 
     @classmethod
     def of(cls, spec: TowerSpec, mmproj: Mmproj) -> Reference:
         """Run the NumPy tower and projector of ``mmproj`` on one picture."""
-        pixels = seeded_picture(spec)
-        features, cls_attention = reference_tower(spec, mmproj, pixels)
-        return cls(pixels, features, cls_attention, reference_projector(spec, mmproj, features[0]))
+        pixels = seeded_picture(spec.image_size, spec.image_size)
+        return cls._of(spec, mmproj, pixels, reference_tower(spec, mmproj, pixels))
+
+    @classmethod
+    def of_variant(
+        cls, spec: TowerSpec, mmproj: Mmproj, variant: TowerVariant, directory: Path, slack: float
+    ) -> Reference:
+        """The same of a tower that merges, given what that in ``directory`` merges: see ``ReferenceMerger``."""
+        pixels = seeded_picture(*picture_size(spec, variant))
+        found = Tower(directory, provider="cpu", threads=1).encode(pixels).owners
+        return cls._of(spec, mmproj, pixels, reference_tower(spec, mmproj, pixels, variant, found, slack))
+
+    @classmethod
+    def _of(cls, spec: TowerSpec, mmproj: Mmproj, pixels: Floats, output: TowerOutput) -> Reference:
+        return cls(pixels, output, reference_projector(spec, mmproj, output.features[0]))
 
 
 def check_tower(directory: Path, reference: Reference) -> Check:
     """Run the tower in ``directory`` on the reference's picture, and its projector on the reference's features."""
     tower = Tower(directory, provider="cpu", threads=1)
-    output = tower.encode(reference.pixels)
-    attention = 0.0
-    if output.cls_attention is not None and reference.cls_attention is not None:
-        attention = _relative(output.cls_attention, reference.cls_attention)
-    cosines = _cosines(output.features[0], reference.features[0])
+    output, wanted = tower.encode(reference.pixels, want={"keys"}), reference.output
+    cosines = _cosines(output.features[0], wanted.features[0])
+    merges = zip(output.owners, wanted.owners, strict=True)
     return Check(
-        features=_relative(output.features, reference.features),
-        cls_attention=attention,
-        embeddings=_relative(tower.project(reference.features[0]), reference.embeddings),
+        features=_relative(output.features, wanted.features),
+        cls_attention=_relative(output.cls_attention, wanted.cls_attention),
+        keys=_relative(output.keys, wanted.keys),
+        embeddings=_relative(tower.project(wanted.features[0]), reference.embeddings),
         cosine=float(cosines.mean()),
         worst_cosine=float(cosines.min()),
+        misplaced=max((float(np.mean(found != owner)) for found, owner in merges), default=0.0),
     )
 
 
-def seeded_picture(spec: TowerSpec) -> Floats:
+def seeded_picture(height: int, width: int) -> Floats:
     """``(1, 3, H, W) float32``: coloured blocks of every size, so that patches differ and neighbours resemble."""
     random = np.random.default_rng(0)
-    size = spec.image_size
-    picture = np.zeros((3, size, size), dtype=np.float32)
-    block = size
+    picture = np.zeros((3, height, width), dtype=np.float32)
+    block = max(height, width)
     while block >= 1:
-        cells = -(-size // block)
-        picture += np.kron(
-            random.standard_normal((3, cells, cells), dtype=np.float32), np.ones((1, block, block), np.float32)
-        )[:, :size, :size]
+        cells = random.standard_normal((3, -(-height // block), -(-width // block)), dtype=np.float32)
+        picture += np.kron(cells, np.ones((1, block, block), np.float32))[:, :height, :width]
         block //= 2
     return np.asarray(picture / picture.std(), dtype=np.float32)[None]
 
 
-def _relative(found: Floats, wanted: Floats) -> float:
+def _relative(found: Floats | None, wanted: Floats | None) -> float:
+    if found is None or wanted is None:
+        return 0.0
     return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), np.finfo(np.float32).tiny))
 
 

@@ -4,6 +4,8 @@ A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``) 
 what was exported from what, the check's figures, and size and checksum of every file. It is built aside and renamed
 into place, so that it is whole or not there; of two builders at once the first one's is kept. What a killed builder
 leaves behind is removed by the next one.
+
+A tower that merges patches has a directory of its own, with the plain tower's weights linked into it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,13 +29,14 @@ from threadpoolctl import threadpool_limits
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import family_for
 from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .building import discard, folder_aside
-from .check import Check, Reference, check_tower
+from .check import EXACT, Check, Reference, check_tower
 from .mmproj import Mmproj, projector_shapes, tower_shapes
-from .vit import write_projector, write_tower
+from .vit import key_block, picture_size, write_projector, write_tower
 
-EXPORTER = 1
+EXPORTER = 2
 """Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
 
 Precision = Literal["fp32", "int8"]
@@ -43,17 +47,36 @@ _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")
 # ffn_down's input. The projector always stays: its input is not normalised, and only kept rows pass through it.
 _LEFT_ALONE: tuple[tuple[str, ...], ...] = ((), ("attn_q", "attn_k"), ("ffn_down",), ("attn_q", "attn_k", "ffn_down"))
 
+# Cosines that differ by less may order themselves either way. int8 moves them by more than anything can be held to:
+# there the reference merges what the export merges.
+_SLACK: dict[Precision, float] = {"fp32": EXACT, "int8": 4.0}
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TowerFiles:
-    """An exported tower: where it is, its description, how far it is from the source."""
+    """An exported tower: where it is, its description, how far it is from the source.
+
+    ``left_in_fp32``: linears that int8 leaves alone. ``variant``: what it was asked to do otherwise.
+    """
 
     directory: Path
     spec: TowerSpec
     precision: Precision
     check: Check
+    left_in_fp32: tuple[str, ...]
+    variant: TowerVariant
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures it takes (without merges: is meant to be given)."""
+        return picture_size(self.spec, self.variant)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(H', W')``: rows and columns of the patches it returns for such a picture."""
+        return _final_grid(self.spec, self.variant)
 
 
 def export_tower(
@@ -73,7 +96,7 @@ def export_tower(
         raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
     else:
         raise TokcompError(f"{target} already exists; name a new directory or remove it")
-    with _built(Path(mmproj), target.parent, precision, _sha256(Path(mmproj)), None) as partial:
+    with _built(_Order(Path(mmproj), _sha256(Path(mmproj)), precision), target.parent) as partial:
         try:
             os.rename(partial, target)
         except OSError as fault:
@@ -86,31 +109,60 @@ def cached_tower(
     precision: Precision = "fp32",
     cache: str | os.PathLike[str] | None = None,
     *,
+    variant: TowerVariant = PLAIN,
     threads: int | None = None,
 ) -> TowerFiles:
     """The tower of ``mmproj`` from the cache, built there when it is missing or damaged; raises ``TokcompError``.
 
-    The key is the SHA-256 of the file, the exporter's version and the precision. ``cache`` defaults to
+    The key is the SHA-256 of the file, the exporter's version, the precision and the merges of ``variant``; ``grid``
+    alone needs no tower of its own. ``UsageError`` for merges that the tower cannot do. ``cache`` defaults to
     ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder. ``threads``: of BLAS while a tower is built and
     checked; as many as it has by default.
     """
     home = Path(cache) if cache is not None else cache_directory()
-    digest = _sha256(Path(mmproj))
-    target = home / f"{digest[:32]}-v{EXPORTER}-{precision}"
+    order = _Order(Path(mmproj), _sha256(Path(mmproj)), precision, threads)
+    if not variant.merges:
+        return replace(_cached(order, home), variant=variant)
+    return _cached(replace(order, variant=variant), home)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A tower to be built: of the file ``source`` whose SHA-256 is ``digest``, with ``threads`` for BLAS."""
+
+    source: Path
+    digest: str
+    precision: Precision
+    threads: int | None = None
+    variant: TowerVariant = PLAIN
+
+    @property
+    def folder(self) -> str:
+        """Its name in the cache."""
+        merging = f"-{hashlib.sha256(str(self.variant).encode()).hexdigest()[:16]}" if self.variant.merges else ""
+        return f"{self.digest[:32]}-v{EXPORTER}-{self.precision}{merging}"
+
+
+def _cached(order: _Order, home: Path) -> TowerFiles:
+    target = home / order.folder
     if os.path.exists(target):
         try:
-            return _read(target)
+            return _read(target, order.variant)
         except TokcompError as fault:
             _log.warning("%s; building the tower again", fault)
-    _log.info("building the %s vision tower of %s in %s", precision, mmproj, target)
-    with _built(Path(mmproj), home, precision, digest, threads) as partial:
+    plain = None
+    if order.variant.merges:
+        _opened(order)  # Merges that cannot be are refused before the plain tower is built.
+        plain = _cached(replace(order, variant=PLAIN), home)
+    _log.info("building the %s vision tower (%s) of %s in %s", order.precision, order.variant, order.source, target)
+    with _built(order, home, plain) as partial:
         try:
-            _move_into_place(partial, target)
+            _move_into_place(partial, target, order.variant)
         except OSError as fault:
             raise TokcompError(
                 f"{target}: cannot be written ({fault.strerror}); remove it or set EDGE_TOKCOMP_CACHE"
             ) from fault
-    return _read(target)
+    return _read(target, order.variant)
 
 
 def cache_directory() -> Path:
@@ -123,28 +175,42 @@ def cache_directory() -> Path:
     return Path(os.environ.get(variable) or Path.home() / fallback) / "edge-tokcomp"
 
 
-@contextmanager
-def _built(source: Path, beside: Path, precision: Precision, digest: str, threads: int | None) -> Iterator[Path]:
-    """The whole tower in a folder in ``beside``, to be renamed away; raises ``TokcompError``."""
-    if precision not in get_args(Precision):
-        raise UsageError(f"unknown precision {precision!r}; one of {', '.join(get_args(Precision))}")
-    mmproj = Mmproj(source)
+def _opened(order: _Order) -> tuple[Mmproj, TowerSpec]:
+    """The file and the tower in it; raises ``TokcompError`` unless what is ordered can be built of them."""
+    if order.precision not in get_args(Precision):
+        raise UsageError(f"unknown precision {order.precision!r}; one of {', '.join(get_args(Precision))}")
+    mmproj = Mmproj(order.source)
     try:
         spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.names)
     except TokcompError as fault:
-        raise TokcompError(f"{source}: {fault}") from fault
+        raise TokcompError(f"{order.source}: {fault}") from fault
     mmproj.require(tower_shapes(spec) | projector_shapes(spec, mmproj))
+    _final_grid(spec, order.variant)
+    return mmproj, spec
+
+
+@contextmanager
+def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iterator[Path]:
+    """The whole tower in a folder in ``beside``, to be renamed away; raises ``TokcompError``.
+
+    ``plain``: the tower without merges, where ``order`` has some.
+    """
+    mmproj, spec = _opened(order)
     with folder_aside(beside) as partial:
         try:
-            with threadpool_limits(limits=threads, user_api="blas"):
-                check, left_alone = _write_graphs(spec, mmproj, partial, precision)
-            _log.info("%s tower of %s: %s", precision, source, check)
+            with threadpool_limits(limits=order.threads, user_api="blas"):
+                if plain is None:
+                    check, left_alone = _write_graphs(spec, mmproj, partial, order.precision)
+                else:
+                    check, left_alone = _write_variant(plain, mmproj, partial, order.variant), plain.left_in_fp32
+            _log.info("%s tower (%s) of %s: %s", order.precision, order.variant, order.source, check)
             files = {
                 path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())
             }
             body = {
-                "exporter": EXPORTER, "source": source.name, "source_sha256": digest, "precision": precision,
-                "left_in_fp32": left_alone, "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
+                "exporter": EXPORTER, "source": order.source.name, "source_sha256": order.digest,
+                "precision": order.precision, "left_in_fp32": left_alone, "variant": str(order.variant),
+                "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
             }  # fmt: skip
             text = json.dumps(body | {"crc32": _crc32_of(body)}, indent=1, sort_keys=True)
             (partial / "tower.json").write_text(text, encoding="utf-8")
@@ -173,7 +239,31 @@ def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precis
     raise TokcompError(f"{mmproj.path}: int8 loses too much of this tower ({check}); use precision fp32")
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
+def _write_variant(plain: TowerFiles, mmproj: Mmproj, into: Path, variant: TowerVariant) -> Check:
+    """The tower of ``plain`` with the merges of ``variant``, over the same weights."""
+    for name in ("tower.onnx.data", "projector.onnx", "projector.onnx.data"):
+        try:
+            os.link(plain.directory / name, into / name)
+        except OSError:  # Some disks have no links.
+            shutil.copyfile(plain.directory / name, into / name)
+    int8 = [name for name in _LINEARS if name not in plain.left_in_fp32] if plain.precision == "int8" else []
+    write_tower(plain.spec, mmproj, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
+    check = check_tower(into, Reference.of_variant(plain.spec, mmproj, variant, into, _SLACK[plain.precision]))
+    if plain.precision == "fp32" and not check.exact:
+        raise TokcompError(
+            f"{mmproj.path}: its export ({variant}) differs from the source ({check}); please report this file"
+        )
+    if plain.precision == "int8" and not check.close:
+        raise TokcompError(f"{mmproj.path}: int8 loses too much of this tower ({variant}; {check}); use precision fp32")
+    return check
+
+
+def _final_grid(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
+    # What the tower returns besides the features is of one block, which no merge may come after.
+    return variant.final_grid(spec.grid, key_block(spec) + 1)
+
+
+def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None:
     """Rename, unless another builder was first; what is damaged is taken away before."""
     while True:
         try:
@@ -183,24 +273,24 @@ def _move_into_place(partial: Path, target: Path) -> None:
             if not target.exists():
                 raise
         try:
-            _read(target)
+            _read(target, variant)
             return
         except TokcompError:
             discard(target)
 
 
-def _read(directory: Path) -> TowerFiles:
+def _read(directory: Path, variant: TowerVariant = PLAIN) -> TowerFiles:
     """The description of a directory whose files all are as they were written; raises ``TokcompError``."""
     try:
         body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
-        if body.pop("crc32") != _crc32_of(body) or not body["files"]:
+        if body.pop("crc32") != _crc32_of(body) or body["variant"] != str(variant) or not body["files"]:
             raise TokcompError(f"{directory}: tower.json is damaged")
         for name, wanted in body["files"].items():
             path = directory / name
             if path.stat().st_size != wanted["bytes"] or _crc32(path) != wanted["crc32"]:
                 raise TokcompError(f"{path} is damaged")
         spec, check = TowerSpec.from_dict(body["spec"]), Check(**body["check"])
-        return TowerFiles(directory, spec, body["precision"], check)
+        return TowerFiles(directory, spec, body["precision"], check, tuple(body["left_in_fp32"]), variant)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise TokcompError(f"{directory}: not an exported tower ({fault})") from fault
 

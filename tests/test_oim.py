@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_tokcomp.methods.oim import MergedGrid, most_pairs
+from edge_tokcomp.methods.oim import MergedGrid
+from edge_tokcomp.variant import most_pairs
 
 
 def grid(height: int, width: int, seed: int = 0) -> MergedGrid:

@@ -9,15 +9,16 @@ attention keys; a merged cell is the mean of all it stands for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..tokens import Ints
+from ..variant import Sharing, most_pairs
 from .kernels import settle
 
-Sharing = Literal["per-line", "shared"]
+Nudge = NDArray[np.float64]
+"""``(lines, length - 1)``: added to the cosine of each cell of a line with the next."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +47,17 @@ class MergedGrid:
         """``(N,)``: each original cell's share in the cell it is in."""
         return np.asarray(1.0 / self.size.ravel()[self.owner])
 
-    def merge_rows(self, pairs: int, sharing: Sharing = "per-line") -> MergedGrid:
+    def merge_rows(self, pairs: int, sharing: Sharing = "per-line", nudge: Nudge | None = None) -> MergedGrid:
         """Merge ``pairs`` disjoint neighbours in every row: width shrinks by ``pairs``.
 
         ``per-line``: each row its own pairs, which shears columns by up to ``pairs`` cells. ``shared``: the same pairs
         of columns in all rows, by their summed cosine. At most ``most_pairs`` of a line can be asked for, what greedy
-        choice is sure to find; ``ValueError`` for more.
+        choice is sure to find; ``ValueError`` for more. ``nudge``: favours pairs that are nearly as alike as others.
         """
         height, width = self.size.shape
         if not 0 <= pairs <= most_pairs(width):
             raise ValueError(f"{pairs} pairs of a line of {width}: 0 to {most_pairs(width)} can be merged")
-        joined = _joined(self.keys, pairs, sharing)
+        joined = _joined(self.keys, pairs, sharing, nudge)
         into = np.arange(width) - np.cumsum(joined, axis=1)  # (H, W): the new column of each cell
         cell = np.arange(height)[:, None] * (width - pairs) + into
         size = np.bincount(cell.ravel(), self.size.ravel(), height * (width - pairs)).astype(np.int64)
@@ -68,9 +69,9 @@ class MergedGrid:
             cell.ravel()[self.owner],
         )
 
-    def merge_columns(self, pairs: int, sharing: Sharing = "per-line") -> MergedGrid:
+    def merge_columns(self, pairs: int, sharing: Sharing = "per-line", nudge: Nudge | None = None) -> MergedGrid:
         """The same along columns: height shrinks by ``pairs``."""
-        return self._turned().merge_rows(pairs, sharing)._turned()
+        return self._turned().merge_rows(pairs, sharing, nudge)._turned()
 
     def _turned(self) -> MergedGrid:
         """Rows for columns; ``owner`` still speaks of the original cells in their order."""
@@ -81,18 +82,13 @@ class MergedGrid:
         )  # fmt: skip
 
 
-def most_pairs(length: int) -> int:
-    """Disjoint neighbours that greedy choice finds for certain in a line of ``length``."""
-    return -(-(length - 1) // 3)
-
-
-def _joined(keys: NDArray[np.float32], pairs: int, sharing: Sharing) -> NDArray[np.int64]:
+def _joined(keys: NDArray[np.float32], pairs: int, sharing: Sharing, nudge: Nudge | None) -> NDArray[np.int64]:
     """``(H, W)``: 1 for the cells that join the one to their left."""
     height, width = keys.shape[:2]
     rows = keys.astype(np.float64)
     length = np.linalg.norm(rows, axis=2, keepdims=True)
     unit = rows / np.where(length > 0, length, 1)
-    alike = np.sum(unit[:, :-1] * unit[:, 1:], axis=2)
+    alike = np.sum(unit[:, :-1] * unit[:, 1:], axis=2) + (0 if nudge is None else nudge)
     if sharing == "shared":
         alike = np.mean(alike, axis=0, keepdims=True)
     alike = settle(alike)
