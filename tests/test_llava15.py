@@ -68,6 +68,17 @@ def test_padding_is_the_mean_colour_and_almost_zero():
     assert found[:, 168].min() > 1.5
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (5, 6), (1, 1)])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_picture_for_a_smaller_grid_is_the_padded_square_resized_to_it(grid, size):
+    image = picture(size)
+    wanted = {"height": grid[0] * SPEC.patch_size, "width": grid[1] * SPEC.patch_size}
+    theirs = LlavaImageProcessorPil(do_pad=True, size=wanted, do_center_crop=False, image_mean=MEAN, image_std=STD)
+    found = Llava15().preprocess(image, SPEC, grid)
+    assert found.grids == (grid,)
+    np.testing.assert_allclose(found.crops, theirs(image, return_tensors="np")["pixel_values"], atol=1e-5)
+
+
 def test_the_two_passes_on_strips_equal_one_resize_of_the_square(monkeypatch):
     monkeypatch.setattr(llava15, "_STRIP_PIXELS", 1500)
     image = picture((211, 500))
@@ -75,7 +86,7 @@ def test_the_two_passes_on_strips_equal_one_resize_of_the_square(monkeypatch):
     square = Image.new("RGB", (500, 500), colour)
     square.paste(image, ((500 - 211) // 2, 0))
     wanted = np.asarray(square.resize((336, 336), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(np.asarray(llava15._pad_and_resize(image, SPEC)), wanted)
+    np.testing.assert_array_equal(np.asarray(llava15._pad_and_resize(image, SPEC, (336, 336))), wanted)
 
 
 def test_a_very_long_picture_is_read_and_an_endless_one_refused():

@@ -155,8 +155,11 @@ class Family(Protocol):
     def spec(self, metadata: Metadata, tensor_names: Collection[str]) -> TowerSpec:
         """The tower in an mmproj; raises ``TokcompError`` when the file cannot be of this family."""
 
-    def preprocess(self, image: Image.Image, spec: TowerSpec) -> Pixels:
-        """An RGB picture as the tower wants it; raises ``ImageError`` for one that cannot be made to fit."""
+    def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
+        """An RGB picture as the tower wants it, its crops of ``grid`` patches where that is given.
+
+        Raises ``ImageError`` for one that cannot be made to fit.
+        """
 
     def layout(self, pixels: Pixels) -> Layout:
         """Where the rows lie that the tower returns for ``pixels``."""

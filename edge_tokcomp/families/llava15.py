@@ -87,10 +87,13 @@ class Llava15:
             pre_norm="v.pre_ln.weight" in tensor_names,
         )
 
-    def preprocess(self, image: Image.Image, spec: TowerSpec) -> Pixels:
-        square = np.asarray(_pad_and_resize(image, spec), dtype=np.float32) / 255
+    def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
+        size = (spec.image_size, spec.image_size)
+        if grid is not None:
+            size = (grid[1] * spec.patch_size, grid[0] * spec.patch_size)
+        square = np.asarray(_pad_and_resize(image, spec, size), dtype=np.float32) / 255
         normal = (square - np.array(spec.image_mean, np.float32)) / np.array(spec.image_std, np.float32)
-        return Pixels(np.ascontiguousarray(normal.transpose(2, 0, 1))[None], (spec.grid,))
+        return Pixels(np.ascontiguousarray(normal.transpose(2, 0, 1))[None], (grid or spec.grid,))
 
     def layout(self, pixels: Pixels) -> Layout:
         return Layout.of_grids(*pixels.grids, cls_rows=True)
@@ -117,8 +120,8 @@ def _activation(metadata: Metadata) -> Activation:
     return "gelu" if gelu else "silu" if silu else "quick_gelu"
 
 
-def _pad_and_resize(image: Image.Image, spec: TowerSpec) -> Image.Image:
-    """Centre on a square of the mean colour, then bicubic to ``image_size``.
+def _pad_and_resize(image: Image.Image, spec: TowerSpec, size: tuple[int, int]) -> Image.Image:
+    """Centre on a square of the mean colour, then bicubic to ``size``, width and height.
 
     Pillow resizes along rows first, then along columns, rounding in between. Doing the two passes apart, the first on
     strips, gives the same pixels without the padded square ever existing: of a 1 x 60000 picture it is 10 GB.
@@ -126,7 +129,7 @@ def _pad_and_resize(image: Image.Image, spec: TowerSpec) -> Image.Image:
     if image.mode != "RGB":
         raise ValueError(f"preprocess takes an RGB picture, got mode {image.mode}")
     width, height = image.size
-    side, target = max(width, height), spec.image_size
+    side, (target, last_height) = max(width, height), size
     if min(width, height) < 1 or side > LONGEST_SIDE:
         raise ImageError(f"picture of {width}x{height} pixels: sides must be within 1..{LONGEST_SIDE}; resize it first")
     colour = tuple(min(max(int(mean * 255), 0), 255) for mean in spec.image_mean)
@@ -141,7 +144,7 @@ def _pad_and_resize(image: Image.Image, spec: TowerSpec) -> Image.Image:
         strip.paste(image.crop((0, upper, width, lower)), (left - begin, 0))
         box = (first * scale - begin, 0, last * scale - begin, lower - upper)
         narrow.paste(strip.resize((last - first, lower - upper), Image.Resampling.BICUBIC, box), (first, top + upper))
-    return narrow.resize((target, target), Image.Resampling.BICUBIC)
+    return narrow.resize((target, last_height), Image.Resampling.BICUBIC)
 
 
 def _columns(left: int, width: int, side: int, target: int) -> tuple[tuple[int, int], tuple[int, int]]:
