@@ -9,32 +9,48 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .dynamic import Share
 from .errors import UsageError
 from .images import Image
 from .methods import Method
-from .tokens import Plan, VisionTokens
+from .tokens import Ints, Plan, VisionTokens
+from .variant import TowerVariant
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImage:
+class SeenImage:
+    """A picture the tower has run on.
+
+    ``parts``: the family's marker text for it, and crop numbers where a crop's rows go. ``variant``: how the tower was
+    run; ``owner (crops, N) int64``: the cell that each patch of a crop was merged into, where it merges.
+    ``timings_ms``: ``decode`` (file to pixels), ``preprocess``, ``encode`` (tower).
+    """
+
+    image: Image
+    tokens: VisionTokens
+    parts: tuple[str | int, ...]
+    timings_ms: dict[str, float]
+    variant: TowerVariant
+    owner: Ints | None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage(SeenImage):
     """A picture encoded and compressed: ask as often as you like, the tower runs once.
 
     ``method``, ``keep``: how it was compressed; ``question``: for what, if the method looks at the question, else None.
     Asked another question, such a picture is compressed anew.
     ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included.
-    ``parts``: that text, and crop numbers where a crop's rows go. ``timings_ms``: ``decode`` (file to pixels),
-    ``preprocess``, ``encode`` (tower), ``compress`` (selection and projector).
+    ``timings_ms`` has ``compress`` too (scoring, selection and projector).
+    ``share``: how ``keep`` came about where a budget is shared among pictures (``dynamic``).
     """
 
-    image: Image
-    tokens: VisionTokens
     plan: Plan
     rows: NDArray[np.float32]
-    parts: tuple[str | int, ...]
-    timings_ms: dict[str, float]
     method: Method
     keep: int | float
     question: str | None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)

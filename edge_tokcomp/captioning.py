@@ -17,11 +17,13 @@ from types import FrameType
 from typing import Protocol
 
 from . import __version__
+from .dynamic import Share
 from .errors import TokcompError
 from .images import open_image, read_bytes
 from .parameters import Parameters, automatic_choices, hash_of_model, params_hash
 from .records import Earlier, Record, Sink
 from .resume import Done
+from .scoring import Key, share_pictures
 from .sidecars import SidecarError, holds, is_filled, sidecar_path, write_sidecar
 from .sources import Source
 from .text import encodable
@@ -34,6 +36,9 @@ _FAILURES_SHOWN = 5
 
 class Progress(Protocol):
     """Told of every picture; prints or stays quiet."""
+
+    def scored(self, count: int) -> None:
+        """So many pictures have been looked at, ahead of their captions, to share a budget among them."""
 
     def done(self, record: Record, skipped: bool) -> None:
         """One picture is finished, or was found finished (``skipped``)."""
@@ -104,6 +109,9 @@ def caption_all(
     ``check_context``, ``check_sidecars`` and ``check_ids`` refuse what would fail for every picture or spoil a file; it
     is for the caller to ask them first.
 
+    With ``dynamic`` batch every picture that is due is scored first, which takes a run of the tower of its own, and
+    their tokens sum to what they would be without. With ``running`` the mean goes on where ``done`` left it.
+
     A picture whose bytes and parameters stand in ``done`` is skipped; its ``sidecar`` (an extension such as ``.txt``)
     is written from the record if it is missing. Without ``done``, where nothing but sidecars is written, a picture is
     skipped when its sidecar is there and not empty. A sidecar that says something else than an earlier record is
@@ -116,17 +124,22 @@ def caption_all(
     """
     job = _Job(vlm, parameters, done, sidecar, overwrite)
     summary, started = Summary(), time.perf_counter()
+    if vlm.sharing:
+        vlm.sharing.restart()
     try:
         with _interruptible(on_stop) as interrupted:
+            if job.batch:
+                told = progress.scored if progress else None
+                job.shares = share_pictures(vlm, sources, job.due, told, interrupted.is_set)
             for source in sources:
                 if interrupted.is_set():
                     summary.interrupted = True
                     break
                 record, skipped = job.caption(source)
-                told = job.deliver(source, record, skipped, sink)
-                summary.count(told, skipped)
+                outcome = job.deliver(source, record, skipped, sink)
+                summary.count(outcome, skipped)
                 if progress:
-                    progress.done(told, skipped)
+                    progress.done(outcome, skipped)
     finally:
         summary.seconds = time.perf_counter() - started
     return summary
@@ -151,7 +164,10 @@ class _Job:
         self.done = Done() if done is None or overwrite else done
         self.sidecar, self.overwrite = sidecar, overwrite
         self.sidecar_decides = done is None and sidecar is not None and not overwrite
-        self.made: dict[tuple[str, str], Earlier] = {}
+        self.made: dict[Key, Earlier] = {}
+        self.batch = vlm.sharing is not None and vlm.sharing.by == "batch"
+        self.shares: dict[Key, Share] = {}
+        self.noted: set[Key] = set()
         self.choices = lru_cache(maxsize=1)(partial(automatic_choices, vlm))
 
     def is_done(self, source: Source) -> bool:
@@ -165,6 +181,14 @@ class _Job:
         except TokcompError:
             return False
         return self.done.has(source.id, digest, params_hash(self.vlm_hash, self.parameters.for_source(source)))
+
+    def due(self, source: Source) -> tuple[Key, bytes] | None:
+        """Key and bytes of a picture that is to be computed, if it is; raises ``TokcompError``."""
+        if self._has_sidecar(source):
+            return None
+        data = read_bytes(source.path)
+        key = hashlib.sha256(data).hexdigest(), params_hash(self.vlm_hash, self.parameters.for_source(source))
+        return None if key in self.done.captions else (key, data)
 
     def caption(self, source: Source) -> tuple[Record, bool]:
         """The record of one picture, and whether it was skipped."""
@@ -183,6 +207,7 @@ class _Job:
             record = replace(record, sha256=hashlib.sha256(data).hexdigest())
             key = record.sha256, record.params_hash
             if earlier := self.made.get(key) or self.done.captions.get(key):
+                self._note(key, earlier.information)
                 return _again(record, earlier), self.done.has(record.id, *key)
             return self._new(record, parameters, data, started), False
         except TokcompError as fault:
@@ -218,6 +243,12 @@ class _Job:
             )  # fmt: skip
         return _failed(record, reason) if reason else record
 
+    def _note(self, key: Key, information: float | None) -> None:
+        """Count a picture that an earlier run has captioned in the running mean, once, as that run did."""
+        if self.vlm.sharing and information is not None and key not in self.noted:
+            self.vlm.sharing.note(information)
+            self.noted.add(key)
+
     def _has_sidecar(self, source: Source) -> bool:
         return self.sidecar_decides and self.sidecar is not None and is_filled(sidecar_path(source, self.sidecar))
 
@@ -235,17 +266,23 @@ class _Job:
     def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
         image = open_image(data, max_pixels=self.vlm.encoder.max_pixels)
         reading = (time.perf_counter() - started) * 1e3
-        encoded = self.vlm.encode(image, parameters.prompt)
+        share = self.shares.get((record.sha256, record.params_hash))
+        if self.batch and share is None:
+            raise TokcompError("changed, or could not be read, while the pictures were scored; run the same again")
+        encoded = self.vlm.encode(image, parameters.prompt, share=share)
         encoded.timings_ms["decode"] += reading
         answer = self.vlm.answer(encoded, parameters.prompt, max_tokens=parameters.max_tokens)
-        stats = answer.images[0].plan.stats
+        stats, share = answer.images[0].plan.stats, answer.images[0].share
+        shared: dict[str, str | float] = {}
+        if share:
+            shared = {"dynamic": share.by, "information": share.information, "information_mean": share.mean}
         raised = {name: int(stats[name]) for name in ("keep_asked", "keep_raised") if name in stats}
         cut = _cut_short(answer.finish_reason)
         return replace(
             record, caption=answer.text, width=image.width, height=image.height, tokens_before=answer.tokens_before,
             tokens_after=answer.tokens_after, finish_reason=answer.finish_reason, notes=[*image.notes, *cut],
             timings_ms={name: round(value, 3) for name, value in answer.timings_ms.items()},
-            choices={**self.choices(parameters.prompt), **raised},
+            choices={**self.choices(parameters.prompt), **raised, **shared},
         )  # fmt: skip
 
 

@@ -123,6 +123,12 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     _model_options(ask)
 
+    calibrate = _verb(verbs, "calibrate", "measure how much there is to see in pictures, for --dynamic calibrated")
+    calibrate.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, glob, or - for a list on stdin; "
+                           "such pictures as will be asked about")  # fmt: skip
+    calibrate.add_argument("--recursive", action="store_true", help="go into sub-folders")
+    _model_options(calibrate, compression=False)
+
     inspect = _verb(verbs, "inspect", "draw the kept tokens over a picture")
     inspect.add_argument("image", metavar="IMAGE")
     inspect.add_argument("--out", metavar="FILE.png", required=True)
@@ -170,7 +176,7 @@ def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str,
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--lm", metavar="LM.gguf", help="language model; the bundled demo model without it")
     group.add_argument("--mmproj", metavar="MMPROJ.gguf", help="vision tower and projector")
@@ -182,10 +188,18 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="one budget for everything (default: all cores)")
     group.add_argument("--ctx", type=int, metavar="N", help="rows of context (default: the model's, up to 4096)")
     group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 100 000 000)")
-    compression = parser.add_argument_group("compression")
-    compression.add_argument("--keep", metavar="K", help="image tokens kept: 64, 0.25 or 25%% (default: all)")
-    compression.add_argument("--method", metavar="M", help="how they are chosen (default prunesid), see `methods`")
-    compression.add_argument("--seed", type=int, default=0, metavar="S")
+    if not compression:
+        parser.set_defaults(keep=None, method=None, dynamic=None, seed=0)
+        return
+    group = parser.add_argument_group("compression")
+    group.add_argument("--keep", metavar="K", help="image tokens kept: 64, 0.25 or 25%% (default: all; with "
+                       "--method a quarter)")  # fmt: skip
+    group.add_argument("--method", metavar="M", help="how they are chosen (default mosaic), see `methods`")
+    group.add_argument("--dynamic", choices=("batch", "running", "calibrated"), help="more tokens for pictures with "
+                       "more to see, half to twice --keep, which is the mean: over all pictures of the run, exactly "
+                       "(batch: each is scored first, so the tower runs twice); over those so far (running); over "
+                       "those of `calibrate` (calibrated)")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="S")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .budget import describe, tokens_to_keep
+from .budget import describe, largest_share, smallest_share, tokens_to_keep
 from .errors import UsageError
 from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
 from .methods import get_method, method_table
 from .methods.options import spell
-from .text import unheard
+from .text import printable, unheard
 
 if TYPE_CHECKING:
+    from .answers import EncodedImage
     from .parameters import Parameters
     from .records import Sink
     from .resume import Done
@@ -70,6 +71,8 @@ def caption(options: argparse.Namespace) -> int:
         console.say(f"{vlm.lm.name}, tower {vlm.encoder.tower.provider_reason}, {len(sources)} images")
         if warning:
             console.say(warning)
+        if vlm.sharing and vlm.sharing.by == "batch":
+            console.say("dynamic batch: every picture is scored first, then captioned; the tower runs twice")
         try:
             summary = caption_all(
                 vlm, sources, output or TextLines(console), parameters, done=done, sidecar=sidecar,
@@ -145,12 +148,16 @@ def _dry_run(
     encoder = vlm.encoder
     before = encoder.spec.patches
     after = tokens_to_keep(vlm.keep, before) if vlm.method.compresses else before
+    shared = ""
+    if vlm.sharing:
+        low, high = smallest_share(after), largest_share(after, before)
+        shared = f" on average, {low} to {high} by what there is to see (dynamic {vlm.sharing})"
     skip = count_done(vlm, sources, parameters, done, sidecar, overwrite)
     lines = {
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.model.n_layer} layers)",
         "tower": f"{vlm.mmproj} ({encoder.family.name}, {encoder.precision}, {encoder.tower.provider_reason})",
-        "image tokens": f"{describe(before, after)} a crop, method {vlm.method}",
+        "image tokens": f"{describe(before, after)} a crop{shared}, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
         "prompt": parameters.prompt,
@@ -162,10 +169,11 @@ def _dry_run(
 
 def ask(options: argparse.Namespace) -> int:
     """Answer one question, streaming."""
+    _refuse_alone(options)
     image = _open(options)
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question)
-        print(f"image tokens {encoded.plan}, method {vlm.method}", file=sys.stderr)  # noqa: T201
+        print(f"image tokens {_told(encoded)}", file=sys.stderr)  # noqa: T201
         for piece in vlm.ask(encoded, options.question, stream=True, max_tokens=options.max_tokens):
             print(piece, end="", flush=True)  # noqa: T201
     print()  # noqa: T201
@@ -177,19 +185,60 @@ def inspect(options: argparse.Namespace) -> int:
     from .overlay import draw_overlay
     from .vlm import CAPTION_PROMPT
 
+    _refuse_alone(options)
     image, form = _open(options), _picture_format(options.out)
     if Path(options.out).exists() and Path(options.out).samefile(options.image):
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
-        pixels = vlm.encoder.family.preprocess(encoded.image.picture, vlm.encoder.spec)
-        picture = draw_overlay(pixels, vlm.encoder.spec, encoded.tokens.layout, encoded.plan, str(vlm.method))
+        spec = vlm.encoder.spec
+        pixels = vlm.encoder.family.preprocess(encoded.image.picture, spec, encoded.variant.grid)
+        picture = draw_overlay(pixels, spec, encoded.tokens.layout, encoded.plan, str(vlm.method), encoded.owner)
     try:
         write_whole(options.out, lambda stream: picture.save(stream, form))
     except OSError as fault:
         raise UsageError(f"--out {options.out}: cannot be written ({fault.strerror or fault})") from fault
-    print(f"{options.out}: {encoded.plan}, method {vlm.method}", file=sys.stderr)  # noqa: T201
+    print(f"{options.out}: {_told(encoded)}", file=sys.stderr)  # noqa: T201
     return 0
+
+
+def _refuse_alone(options: argparse.Namespace) -> None:
+    """Raise ``UsageError`` where one picture has no others to share a budget with."""
+    if options.dynamic in ("batch", "running"):
+        raise UsageError(
+            f"--dynamic {options.dynamic}: one picture has no others to share its budget with; "
+            "use --dynamic calibrated (after edge-tokcomp calibrate)"
+        )
+
+
+def _told(encoded: EncodedImage) -> str:
+    """What was kept, and how that came about."""
+    line = f"{encoded.plan}, method {encoded.method}"
+    return f"{line}, {encoded.share}" if encoded.share else line
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measure the mean information score of pictures, for ``--dynamic calibrated``."""
+    from tqdm import tqdm
+
+    from .scoring import calibrate_on
+    from .sources import find_sources
+
+    sources = find_sources(options.sources, recursive=options.recursive)
+    failures = 0
+    with _load(options) as vlm, tqdm(total=len(sources), unit="image", file=sys.stderr) as bar:
+
+        def told(source: Source, reason: str) -> None:
+            nonlocal failures
+            if reason:
+                failures += 1
+                bar.write(printable(f"{source.id}: {reason}"), file=sys.stderr)
+            bar.update()
+
+        calibration = calibrate_on(vlm, sources, told)
+        path = calibration.save(vlm.encoder.tower.directory)
+    print(f"{path}: {calibration}", file=sys.stderr)  # noqa: T201
+    return 1 if failures else 0
 
 
 def _picture_format(out: str) -> str:
@@ -221,6 +270,8 @@ def eval(options: argparse.Namespace) -> int:
         raise UsageError(f"--scenes {options.scenes} is not a positive number")
     if options.matrix is not None:
         return _eval_matrix(options)
+    if options.dynamic not in (None, "batch"):
+        raise UsageError(f"--dynamic {options.dynamic}: the scenes are one batch; use --dynamic batch")
     if options.methods or options.keeps:
         raise UsageError("--methods and --keeps belong to --matrix DIR; write --method and --keep for one run")
     with _load(options) as vlm:
@@ -234,9 +285,10 @@ def _eval_matrix(options: argparse.Namespace) -> int:
 
     from .matrix import DEFAULT_KEEPS, DEFAULT_METHODS, run_matrix, write_report
 
-    if options.method is not None or options.keep is not None or options.wrong_image or options.json:
+    if any((options.method, options.keep, options.dynamic, options.wrong_image, options.json)):
         raise UsageError(
-            "--matrix DIR takes --methods and --keeps; --method, --keep, --wrong-image and --json do not go with it"
+            "--matrix DIR takes --methods and --keeps; --method, --keep, --dynamic, --wrong-image and --json do not go "
+            "with it"
         )
     names, keeps = options.methods or DEFAULT_METHODS, options.keeps or DEFAULT_KEEPS
     if min(keeps) < 1:
@@ -312,9 +364,9 @@ def _load(options: argparse.Namespace) -> VLM:
     from .vlm import load
 
     return load(
-        options.lm, options.mmproj, method=options.method, keep=options.keep, precision=options.precision,
-        provider=options.provider, gpu_layers=options.gpu_layers, threads=_positive("--threads", options.threads),
-        n_ctx=_positive("--ctx", options.ctx), seed=options.seed,
+        options.lm, options.mmproj, method=options.method, keep=options.keep, dynamic=options.dynamic,
+        precision=options.precision, provider=options.provider, gpu_layers=options.gpu_layers,
+        threads=_positive("--threads", options.threads), n_ctx=_positive("--ctx", options.ctx), seed=options.seed,
         max_pixels=_max_pixels(options),
     )  # fmt: skip
 

@@ -34,13 +34,13 @@ class Console:
                 )
 
     def done(self, record: Record, skipped: bool) -> None:
-        """One more picture; failures and a change of the token count are told at once."""
+        """One more picture; failures are told at once, and so is a change of the token count but for shared budgets."""
         self.seen += 1
         if record.status == "error":
             self.say(f"{record.id}: {record.error}")
         elif record.computed:
             self.made += 1
-            if (record.tokens_before, record.tokens_after) != self.tokens:
+            if (record.tokens_before, record.tokens_after) != self.tokens and "information" not in record.choices:
                 self.tokens = record.tokens_before, record.tokens_after
                 self.say(f"image tokens {describe(*self.tokens)}, method {record.method}")
         if self.bar is not None:
@@ -53,6 +53,16 @@ class Console:
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             self.say(self._line())
+
+    def scored(self, count: int) -> None:
+        """So many pictures are scored, ahead of their captions: the rate of those begins after it."""
+        now = time.monotonic()
+        if now - self.last > QUIET_SECONDS:
+            self.last = now
+            self.say(f"{count}/{self.total} images scored")
+        self.started = now
+        if self.bar is not None:
+            self.bar.unpause()
 
     def say(self, text: str) -> None:
         """A line for people, if they still read."""

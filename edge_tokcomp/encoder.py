@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,76 +14,90 @@ from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
-from .answers import EncodedImage
+from .answers import EncodedImage, SeenImage
+from .budget import tokens_to_keep
+from .dynamic import Share
 from .errors import UsageError
 from .families import family_named
 from .families.base import Pixels
 from .images import Image, open_image, wrap_image
-from .methods import Method
+from .methods import Method, TowerMethod
 from .tokens import VisionTokens
-from .tower import Provider, Tower
+from .tower import Provider, Tower, TowerOutput
+from .variant import PLAIN, TowerVariant
 
 Picture = Any
-"""A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image`` or an ``EncodedImage``."""
+"""A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image``, a ``SeenImage`` or an
+``EncodedImage``."""
 
 Embed = Callable[[str, bool], NDArray[np.float32]]
 """``(text, special)`` to ``(n, width)``: a language model's own rows for a text; ``special`` obeys its tokens."""
 
 
 class ImageEncoder:
-    """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it.
+    """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it under ``method``.
 
     ``embed``: the language model's rows for text: the question, for methods that look at it, and the family's markers.
     """
 
     def __init__(
         self, mmproj: Path, embed: Embed, *, precision: Literal["fp32", "int8"], provider: Provider, threads: int,
-        seed: int, max_pixels: int,
+        seed: int, max_pixels: int, method: Method, keep: int | float,
     ) -> None:  # fmt: skip
         from .export.tower_files import cached_tower
 
-        files = cached_tower(mmproj, precision, threads=threads)
-        self.spec, self.family = files.spec, family_named(files.spec.family)
-        self.tower = Tower(files.directory, provider=provider, threads=threads)
         self.precision, self.threads, self.seed, self.max_pixels = precision, threads, seed, max_pixels
-        self._embed = embed
+        self._mmproj, self._provider, self._embed = mmproj, provider, embed
         self._pools = ThreadpoolController()
+        self._towers: dict[TowerVariant, Tower] = {}
+        self.spec = cached_tower(mmproj, precision, threads=threads).spec
+        self.family = family_named(self.spec.family)
+        self.tower = self._tower(self.variant(method, keep))
 
-    def encode(self, picture: Picture, method: Method, keep: int | float, question: str) -> EncodedImage:
-        """``picture`` under ``method`` and ``keep``; raises ``ImageError`` for one that cannot be read."""
+    def variant(self, method: Method, keep: int | float) -> TowerVariant:
+        """How the tower is to be run for ``method``."""
+        wanted = tokens_to_keep(keep, self.spec.patches)
+        if not isinstance(method, TowerMethod) or wanted == self.spec.patches:
+            return PLAIN
+        return method.variant(wanted, self.spec.grid, self.spec.blocks)
+
+    def see(self, picture: Picture, variant: TowerVariant = PLAIN) -> SeenImage:
+        """Run the tower on ``picture``; raises ``ImageError`` for one that cannot be read."""
         clock = _Clock()
         image = self._open(picture)
         clock.stop("decode")
-        pixels = self.family.preprocess(image.picture, self.spec)
+        pixels = self.family.preprocess(image.picture, self.spec, variant.grid)
         clock.stop("preprocess")
-        tokens = self._tokens(pixels)
+        tower = self._tower(variant)
+        output = tower.encode(pixels.crops, want={"keys"})
         clock.stop("encode")
-        return self._compressed(image, tokens, self.family.prompt(pixels), clock.times, method, keep, question)
+        tokens = self._tokens(pixels, output, variant)
+        return SeenImage(image, tokens, self.family.prompt(pixels), clock.times, variant, output.owner)
 
-    def compress(self, encoded: EncodedImage, method: Method, keep: int | float, question: str) -> EncodedImage:
-        """The same picture under another method, budget or question; the tower does not run again."""
-        return self._compressed(
-            encoded.image, encoded.tokens, encoded.parts, encoded.timings_ms, method, keep, question
-        )  # fmt: skip
+    def compress(
+        self, seen: SeenImage, method: Method, keep: int | float, question: str, share: Share | None = None
+    ) -> EncodedImage:
+        """``seen`` under ``method`` and ``keep``, which came about by ``share`` where there is one.
 
-    def _compressed(
-        self, image: Image, tokens: VisionTokens, parts: tuple[str | int, ...], times: Mapping[str, float],
-        method: Method, keep: int | float, question: str,
-    ) -> EncodedImage:  # fmt: skip
-        clock = _Clock()
+        The tower runs again only where the method needs it run otherwise.
+        """
+        if (variant := self.variant(method, keep)) != seen.variant:
+            seen = self.see(seen.image, variant)
+        clock, tokens = _Clock(), seen.tokens
         asked = "query" in method.needs | method.wants
         query = self._embed(question, False) if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
             plan = method.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
-        crop = tokens.layout.crop[plan.keep]
+        crop = tokens.layout.crop[plan.keep]  # of plan.order as well, which stays within a crop
         rows = np.concatenate([
-            kept[crop == part] if isinstance(part, int) else self._embed(part, True) for part in parts
+            kept[crop == part] if isinstance(part, int) else self._embed(part, True) for part in seen.parts
         ])  # fmt: skip
         clock.stop("compress")
         return EncodedImage(
-            image, tokens, plan, rows, parts, {**times, **clock.times}, method, keep, question if asked else None
-        )
+            seen.image, tokens, seen.parts, {**seen.timings_ms, **clock.times}, seen.variant, seen.owner, plan, rows,
+            method, keep, question if asked else None, share,
+        )  # fmt: skip
 
     def _open(self, picture: Picture) -> Image:
         if isinstance(picture, Image):
@@ -95,16 +110,30 @@ class ImageEncoder:
             return wrap_image(Pil.fromarray(picture), max_pixels=self.max_pixels)
         return open_image(picture, max_pixels=self.max_pixels)
 
-    def _tokens(self, pixels: Pixels) -> VisionTokens:
-        """Run the tower on all crops and lay their rows end to end."""
-        output = self.tower.encode(pixels.crops)
-        attention = output.cls_attention
+    def _tokens(self, pixels: Pixels, output: TowerOutput, variant: TowerVariant) -> VisionTokens:
+        """The rows of all crops end to end."""
+        attention, keys = output.cls_attention, output.keys
+        grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
+        layout = self.family.layout(replace(pixels, grids=grids))
+        if variant != PLAIN:
+            layout = replace(layout, whole=self.spec.patches * len(grids))
         return VisionTokens(
             output.features.reshape(-1, output.features.shape[-1]),
-            self.family.layout(pixels),
+            layout,
             partial(_project, self.tower),
             None if attention is None else np.concatenate(list(attention), axis=-1),
+            None if keys is None else keys.reshape(-1, keys.shape[-1]),
         )
+
+    def _tower(self, variant: TowerVariant) -> Tower:
+        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own."""
+        merging = variant if variant.merges else PLAIN
+        if merging not in self._towers:
+            from .export.tower_files import cached_tower
+
+            files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
+            self._towers[merging] = Tower(files.directory, provider=self._provider, threads=self.threads)
+        return self._towers[merging]
 
 
 def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:

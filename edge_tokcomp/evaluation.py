@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
+from .answers import SeenImage
+from .dynamic import Claim, share_batch
 from .errors import TokcompError
 from .methods import Method, get_method
 from .vlm import VLM
@@ -29,14 +31,16 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of running the model that is scored."""
+    """One way of running the model that is scored; ``dynamic``: the scenes share their budget, as one batch."""
 
     method: Method
     keep: int | float
+    dynamic: bool = False
 
     @property
     def name(self) -> str:
-        return str(self.method) if not self.method.compresses else f"{self.method} {self.keep}"
+        label = str(self.method) if not self.method.compresses else f"{self.method} {self.keep}"
+        return label + " dynamic" * self.dynamic
 
 
 Scores = dict[str, NDArray[np.float64]]
@@ -46,13 +50,15 @@ Scores = dict[str, NDArray[np.float64]]
 def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False) -> dict[str, Any]:
     """Score the model's method and budget, and ``none`` beside it, on ``scenes`` fresh test scenes.
 
+    A model that was loaded with ``dynamic`` shares its budget over them, as one batch.
     ``wrong_image`` encodes another scene than the questions are about: what is left is what the text alone gives.
-    Returns ``method, keep, scenes, seed, tokens, seconds`` and ``tasks: {name: {score, low, high, n}}``, the bounds a
-    95 % bootstrap interval, ``n`` the scenes asked (several questions on one count as their mean); for a compressing
-    method also ``none`` and ``difference`` with its paired interval.
+    Returns ``method, keep, dynamic, scenes, seed, tokens, seconds`` and ``tasks: {name: {score, low, high, n}}``, the
+    bounds a 95 % bootstrap interval, ``n`` the scenes asked (several questions on one count as their mean); for a
+    compressing method also ``none`` and ``difference`` with its paired interval.
     """
     started = time.perf_counter()
-    arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep)] if vlm.method.compresses else [])
+    dynamic = vlm.sharing is not None
+    arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep, dynamic)] if vlm.method.compresses else [])
     scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image)
     plain, mine = scores[0], scores[-1]
     tasks: dict[str, dict[str, float]] = {}
@@ -64,9 +70,9 @@ def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False)
         if len(arms) > 1:
             tasks[task] |= paired(mine[task], plain[task])
     return {
-        "method": str(vlm.method), "keep": vlm.keep, "scenes": scenes, "seed": seed, "wrong_image": wrong_image,
-        "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.encoder.precision, "version": __version__,
-        "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
+        "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "seed": seed,
+        "wrong_image": wrong_image, "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.encoder.precision,
+        "version": __version__, "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip
 
 
@@ -82,15 +88,20 @@ def score_arms(
         draw_scene((EVAL_SEED, seed, 0), "test")
     except ImportError as fault:
         raise TokcompError(f"scoring needs scikit-learn ({fault}); pip install 'edge-tokcomp[eval]'") from fault
+
+    def drawn(index: int) -> Any:
+        return draw_scene((EVAL_SEED, seed, index), "test")
+
+    other = scenes if wrong_image else 0
+    keeps = _keeps(arms, (vlm.see(drawn(index + other).image) for index in range(scenes)))
     sums = [{task: np.zeros((scenes, 2)) for task in (*TASKS, *PLACED)} for _ in arms]
     tokens = np.zeros(len(arms))
     for index in range(scenes):
-        scene = draw_scene((EVAL_SEED, seed, index), "test")
-        shown = draw_scene((EVAL_SEED, seed, index + scenes), "test") if wrong_image else scene
+        scene = drawn(index)
         questions = ask_all(scene, np.random.default_rng((ASK_SEED, seed, index)), vary=False)
-        encoded = vlm.encode(shown.image)
+        seen = vlm.see((drawn(index + other) if wrong_image else scene).image)
         for number, arm in enumerate(arms):
-            compressed = vlm.compress(encoded, arm.method, arm.keep)
+            compressed = vlm.compress(seen, arm.method, keeps[number][index] if arm.dynamic else arm.keep)
             tokens[number] += len(compressed.plan)
             for question in questions:
                 text = vlm.answer(compressed, question.text, max_tokens=160).text
@@ -102,6 +113,16 @@ def score_arms(
             told(index + 1)
     with np.errstate(invalid="ignore"):
         return [{task: s[:, 0] / s[:, 1] for task, s in arm.items()} for arm in sums], (tokens / scenes).tolist()
+
+
+def _keeps(arms: Sequence[Arm], scenes: Iterable[SeenImage]) -> list[list[int]]:
+    """Tokens of every scene in each arm that shares its budget; nothing for the others."""
+    sharing = [number for number, arm in enumerate(arms) if arm.dynamic]
+    claims: list[list[Claim]] = [[] for _ in arms]
+    for seen in scenes if sharing else ():
+        for number in sharing:
+            claims[number].append(Claim.of(seen.tokens, arms[number].keep))
+    return [[share.keep for share in share_batch(each)] for each in claims]
 
 
 def summarise(scores: NDArray[np.float64]) -> dict[str, float]:
@@ -138,7 +159,8 @@ def paired(scores: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str,
 def report(result: dict[str, Any]) -> str:
     """The result as a table for people."""
     lines = [
-        f"{result['method']}, {result['tokens']:.0f} image tokens, {result['scenes']} scenes, {result['seconds']:.0f} s"
+        f"{result['method']}, {result['tokens']:.0f} image tokens{' on average' * result['dynamic']}, "
+        f"{result['scenes']} scenes, {result['seconds']:.0f} s"
         + (", shown the wrong image" if result["wrong_image"] else "")
     ]
     for task, row in result["tasks"].items():

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .families.base import Pixels, TowerSpec
-from .tokens import Layout, Plan, Role
+from .tokens import Ints, Layout, Plan, Role
 
 SIDE = 672
 """Least pixels along a crop's edge, so that single patches can be told apart."""
@@ -15,9 +15,17 @@ SIDE = 672
 _DIM, _EDGE, _STRIP, _MARGIN = 0.22, (255, 196, 0), 34, 10
 
 
-def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, method: str) -> Image.Image:
-    """What the tower saw of each crop, side by side, with ``plan`` laid over it; its counts and ``method`` below."""
-    crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]
+def draw_overlay(
+    pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, method: str, owner: Ints | None = None
+) -> Image.Image:
+    """What the tower saw of each crop, side by side, with ``plan`` laid over it; its counts and ``method`` below.
+
+    ``owner (crops, N)``: the cell that each patch was merged into inside the tower; what is drawn then is those cells.
+    """
+    if owner is None:
+        crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]
+    else:
+        crops = [_merged(pixels, spec, owner[number], number) for number in range(len(pixels.crops))]
     width = sum(crop.width for crop in crops) + 8 * (len(crops) - 1)
     canvas = Image.new("RGB", (width, max(crop.height for crop in crops) + _STRIP), (24, 24, 24))
     left = 0
@@ -34,14 +42,29 @@ def draw_overlay(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, me
     return canvas
 
 
-def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
+def _enlarged(pixels: Pixels, spec: TowerSpec, number: int) -> tuple[NDArray[np.float32], int]:
+    """A crop as colours, ``(H, W, 3)`` in 0..255, and the side of one of its patches in it."""
     values = pixels.crops[number].transpose(1, 2, 0) * np.array(spec.image_std, np.float32) + np.array(
         spec.image_mean, np.float32
     )
     seen = Image.fromarray((np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8))
     rows, columns = pixels.grids[number]
     patch = -(-SIDE // max(rows, columns))
-    big = np.asarray(seen.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC), np.float32)
+    return np.asarray(seen.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC), np.float32), patch
+
+
+def _merged(pixels: Pixels, spec: TowerSpec, owner: Ints, number: int) -> Image.Image:
+    """A crop with lines where one merged cell ends and the next begins."""
+    big, patch = _enlarged(pixels, spec, number)
+    cells = np.kron(owner.reshape(pixels.grids[number]), np.ones((patch, patch), np.int64))
+    ends = np.zeros(cells.shape, np.bool_)
+    ends[:, 1:] |= cells[:, 1:] != cells[:, :-1]
+    ends[1:] |= cells[1:] != cells[:-1]
+    return Image.fromarray(np.where(ends[..., None], np.array(_EDGE, np.float32), big).clip(0, 255).astype(np.uint8))
+
+
+def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
+    (big, patch), (rows, columns) = _enlarged(pixels, spec, number), pixels.grids[number]
     shares = np.kron(_shares(layout, plan, number, rows * columns).reshape(rows, columns), np.ones((patch, patch)))
     grey = big.mean(axis=2, keepdims=True) * 0.5
     light = np.maximum(shares, _DIM)[..., None].astype(np.float32)

@@ -42,12 +42,13 @@ class Parameters:
         return "{stem}" in self.prompt or "{parent}" in self.prompt
 
 
-def prompt_rows(vlm: VLM, parameters: Parameters) -> int:
+def prompt_rows(vlm: VLM, parameters: Parameters, *, most: bool = False) -> int:
     """Rows of context that a picture and the prompt take at least, placeholders being a short word each.
 
+    ``most``: with the largest share that a picture can have of a shared budget.
     Raises ``TokcompError`` for a prompt that cannot be asked.
     """
-    return vlm.rows_needed(parameters.filled("a", "a").prompt) - 1  # without the first token of the answer
+    return vlm.rows_needed(parameters.filled("a", "a").prompt, most=most) - 1  # without the first token of the answer
 
 
 def check_context(vlm: VLM, parameters: Parameters) -> str:
@@ -61,10 +62,12 @@ def check_context(vlm: VLM, parameters: Parameters) -> str:
             f"image and prompt need {asked + 1} rows of context, there are {n_ctx}; "
             "shorten --prompt, keep fewer image tokens or raise --ctx"
         )
-    if asked + parameters.max_tokens <= n_ctx:
+    most = prompt_rows(vlm, parameters, most=True)
+    if most + parameters.max_tokens <= n_ctx:
         return ""
     return (
-        f"image and prompt take {asked} rows of context, a caption up to {parameters.max_tokens}, there are {n_ctx}: "
+        f"image and prompt take {'up to ' * (most > asked)}{most} rows of context, a caption up to "
+        f"{parameters.max_tokens}, there are {n_ctx}: "
         "longer captions will be cut short; raise --ctx or lower --max-tokens"
     )
 
@@ -78,7 +81,8 @@ def hash_of_model(vlm: VLM) -> str:
     """Identifies the model's files and everything set at its loading that decides a caption."""
     values = {
         "lm": _fingerprint(vlm.lm), "mmproj": _fingerprint(vlm.mmproj), "method": repr(vlm.method),
-        "keep": vlm.keep, "seed": vlm.seed, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
+        "keep": vlm.keep, "dynamic": vlm.sharing and vlm.sharing.key,
+        "seed": vlm.seed, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

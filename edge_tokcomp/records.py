@@ -27,8 +27,9 @@ class Record:
     """One line of output. ``status`` is ``ok`` or ``error``; ``timings_ms`` has the names of ``STAGES``.
 
     ``finish_reason``: ``stop``, ``length`` (``max_tokens``) or ``context`` (no room left). ``choices``: what was chosen
-    for the user, and why (``provider``, ``n_ctx``, ``prompt_form`` ...), in rows that were computed. ``root``: the
-    absolute folder that ``id`` is relative to.
+    for the user, and why (``provider``, ``n_ctx``, ``prompt_form`` ...), in rows that were computed; where a budget is
+    shared among pictures also ``dynamic`` (whose mean), ``information`` (the picture's score) and ``information_mean``.
+    ``root``: the absolute folder that ``id`` is relative to.
 
     A picture that failed in one run and went well in a later one has a line of each; the last line of an id counts.
     """
@@ -51,7 +52,7 @@ class Record:
     params_hash: str
     finish_reason: str = ""
     notes: list[str] = field(default_factory=list)
-    choices: dict[str, str | int] = field(default_factory=dict)
+    choices: dict[str, str | int | float] = field(default_factory=dict)
     root: str = ""
 
     @property
@@ -73,7 +74,10 @@ class Record:
 
 
 class Earlier(NamedTuple):
-    """What is needed of an earlier record, in little memory: there may be a million."""
+    """What is needed of an earlier record, in little memory: there may be a million.
+
+    ``information``: the picture's score, in rows that were computed and shared a budget.
+    """
 
     id: str
     sha256: str
@@ -87,6 +91,7 @@ class Earlier(NamedTuple):
     finish_reason: str
     root: str
     ok: bool
+    information: float | None = None
 
 
 class Sink(Protocol):
@@ -216,8 +221,16 @@ def _earlier(row: Mapping[str, Any]) -> Earlier:
     return Earlier(
         row["id"], row["sha256"], sys.intern(row["params_hash"]), row["error"], row["caption"], int(row["width"]),
         int(row["height"]), int(row["tokens_before"]), int(row["tokens_after"]), sys.intern(row["finish_reason"]),
-        sys.intern(row["root"]), ok=row["status"] == "ok",
+        sys.intern(row["root"]), ok=row["status"] == "ok", information=_information(row["choices"]),
     )  # fmt: skip
+
+
+def _information(choices: Any) -> float | None:
+    """Of the choices of a row, which CSV holds as JSON."""
+    found = dict(json.loads(choices) if isinstance(choices, str) else choices).get("information")
+    if found is None or (type(found) in (int, float) and 0 <= found <= 2):
+        return found
+    raise TypeError(f"information {found!r}")
 
 
 def _whole_bytes(path: Path) -> int:

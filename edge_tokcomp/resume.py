@@ -39,6 +39,8 @@ class Done:
             key = earlier.sha256, earlier.params_hash
             if key in captions:
                 copies |= {(captions[key].id, *key), (earlier.id, *key)}
+                if earlier.information is None:  # a copy has no score of its own
+                    earlier = earlier._replace(information=captions[key].information)
             captions[key] = last[earlier.sha256] = earlier
         return cls(captions, frozenset(copies), latest, last)
 

@@ -42,16 +42,21 @@ class Role(enum.IntEnum):
 class Layout:
     """Where every row of one image lies.
 
-    ``grids``: ``(rows, columns)`` of each crop; crop 0 is the overview where the family has one.
+    ``grids``: ``(rows, columns)`` of each crop.
     ``crop (N,) int64``: the crop a row belongs to.
     ``cell (N,) int64``: its raster index in that crop's grid, -1 for a row that is no patch.
     ``role (N,) int8``: a ``Role``.
+    ``overview``: crop 0 is a thumbnail of the whole picture, of which the other crops are parts. Otherwise crops are
+    equals: frames of a video, tiles.
+    ``whole``: rows of the uncompressed image, where these are fewer because the tower was run otherwise; else None.
     """
 
     grids: tuple[tuple[int, int], ...]
     crop: Ints
     cell: Ints
     role: NDArray[np.int8]
+    overview: bool = False
+    whole: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.crop.shape == self.cell.shape == self.role.shape) or self.crop.ndim != 1:
@@ -70,7 +75,7 @@ class Layout:
         return len(self.crop)
 
     @classmethod
-    def of_grids(cls, *grids: tuple[int, int], cls_rows: bool = False) -> Layout:
+    def of_grids(cls, *grids: tuple[int, int], cls_rows: bool = False, overview: bool = False) -> Layout:
         """Crops one after another in raster order, each led by its CLS row when ``cls_rows``."""
         crop, cell, role = [], [], []
         for number, (rows, columns) in enumerate(grids):
@@ -80,7 +85,14 @@ class Layout:
             crop.append(np.full(lead + rows * columns, number, np.int64))
             cell.append(np.concatenate([np.full(lead, -1, np.int64), np.arange(rows * columns)]))
             role.append(np.concatenate([np.full(lead, Role.CLS, np.int8), np.zeros(rows * columns, np.int8)]))
-        return cls(tuple(grids), np.concatenate(crop), np.concatenate(cell), np.concatenate(role))
+        return cls(tuple(grids), np.concatenate(crop), np.concatenate(cell), np.concatenate(role), overview)
+
+    @classmethod
+    def of_frames(cls, count: int, grid: tuple[int, int], *, cls_rows: bool = False) -> Layout:
+        """``count`` frames of a video, in time, each a crop."""
+        if count < 1:
+            raise ValueError(f"a video of {count} frames has no layout")
+        return cls.of_grids(*[grid] * count, cls_rows=cls_rows)
 
     @property
     def patches(self) -> Ints:
@@ -94,8 +106,13 @@ class Layout:
 
     @property
     def uncompressed(self) -> Ints:
-        """Indices of the rows that enter the language model when nothing is compressed."""
+        """Indices of the rows that enter the language model when nothing is left out."""
         return np.flatnonzero(self.role != Role.CLS).astype(np.int64)
+
+    @property
+    def before(self) -> int:
+        """Rows of the uncompressed image."""
+        return len(self.uncompressed) if self.whole is None else self.whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +170,8 @@ class Plan:
     ``assign (N,) int64``: for merging methods, the position in ``keep`` a row is merged into, -1 if it is dropped.
     ``weight (N,) float32``: the row's share in that sum.
     ``stats``: what the method measured on the way (thresholds, quotas).
+    ``order (n,) int64``: the same indices in the order in which they enter the language model, where that is another
+    than ``keep``: the order of some releases, for comparison. Never together with ``assign``.
     """
 
     keep: Ints
@@ -162,6 +181,7 @@ class Plan:
     assign: Ints | None = None
     weight: NDArray[np.float32] | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
+    order: Ints | None = None
 
     def __post_init__(self) -> None:
         if self.before < 1:
@@ -170,6 +190,8 @@ class Plan:
             raise ValueError(f"keep must be ascending, without repeats, within 0..{self.total - 1}")
         if not np.array_equal(np.sort(self.rank), self.keep):
             raise ValueError("rank must be a permutation of keep")
+        if self.order is not None and (self.assign is not None or not np.array_equal(np.sort(self.order), self.keep)):
+            raise ValueError("order must be a permutation of keep, and does not go with assign")
         if (self.assign is None) != (self.weight is None):
             raise ValueError("assign and weight come together")
         if self.assign is not None and self.weight is not None:
@@ -189,11 +211,14 @@ class Plan:
         return describe(self.before, len(self))
 
     def apply(self, rows: Array) -> Array:
-        """Gather (or merge) ``rows (N, ...)`` into ``(n, ...)``; NumPy or torch, on the device they are on."""
+        """Gather (or merge) ``rows (N, ...)`` into ``(n, ...)``, in the order in which they enter the language model.
+
+        NumPy or torch, on the device they are on.
+        """
         if rows.shape[0] != self.total:
             raise ValueError(f"plan is for {self.total} rows, got {rows.shape[0]}")
         if self.assign is None or self.weight is None:
-            return rows[self.keep]
+            return rows[self.keep if self.order is None else self.order]
         into = self.assign >= 0
         source = np.flatnonzero(into)
         order = source[np.argsort(self.assign[source], kind="stable")]
@@ -215,6 +240,8 @@ class Plan:
         }  # fmt: skip
         if self.assign is not None and self.weight is not None:
             arrays |= {"assign": self.assign, "weight": self.weight}
+        if self.order is not None:
+            arrays["order"] = self.order
         write_whole(path, lambda stream: np.savez(stream, **arrays))
 
     @classmethod
@@ -236,6 +263,7 @@ class Plan:
                 assign=file.get("assign"),
                 weight=file.get("weight"),
                 stats=dict(zip(file["stats_names"].tolist(), file["stats_values"].tolist(), strict=True)),
+                order=file.get("order"),
             )
         except (KeyError, ValueError, SystemError) as fault:  # the last from NumPy, for names that are no characters
             raise TokcompError(f"{path}: not a plan file ({fault}); write one with `edge-tokcomp compress`") from fault
@@ -246,8 +274,8 @@ _PLAN_BYTES = 64 << 20
 
 _PLAN_ARRAYS: Mapping[str, tuple[str, int, type[np.generic]]] = {
     "keep": ("i", 1, np.int64), "rank": ("i", 1, np.int64), "total": ("i", 0, np.int64), "before": ("i", 0, np.int64),
-    "assign": ("i", 1, np.int64), "weight": ("f", 1, np.float32), "stats_names": ("U", 1, np.str_),
-    "stats_values": ("f", 1, np.float64),
+    "assign": ("i", 1, np.int64), "weight": ("f", 1, np.float32), "order": ("i", 1, np.int64),
+    "stats_names": ("U", 1, np.str_), "stats_values": ("f", 1, np.float64),
 }  # fmt: skip
 """Kind and number of axes of each array in a plan file, and the type it is given."""
 

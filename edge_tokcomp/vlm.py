@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from .answers import Answer, AnswerStream, EncodedImage
-from .budget import parse_keep, tokens_to_keep
+from .answers import Answer, AnswerStream, EncodedImage, SeenImage
+from .budget import largest_share, parse_keep, tokens_to_keep
+from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
 from .encoder import ImageEncoder, Picture
 from .errors import TokcompError, UsageError
 from .images import MAX_PIXELS
@@ -30,7 +31,11 @@ from .methods import Method, get_method
 from .tokens import Rows
 from .tower import Provider
 
-DEFAULT_METHOD = "prunesid"
+DEFAULT_METHOD = "mosaic"
+DEFAULT_KEEP = 0.25
+"""Of a method that is named without a budget. Both by docs/matrix.md: the best from 128 of 576 tokens down, and about
+where answers begin to suffer."""
+
 CAPTION_PROMPT = "Describe the image."
 
 _IMAGE_STAGES = ("decode", "preprocess", "encode", "compress")
@@ -48,6 +53,7 @@ def load(
     *,
     method: str | Method | None = None,
     keep: str | int | float | None = None,
+    dynamic: Mode | float | None = None,
     precision: Literal["fp32", "int8"] = "fp32",
     provider: Provider = "auto",
     gpu_layers: int = 0,
@@ -58,10 +64,14 @@ def load(
 ) -> VLM:
     """Open a vision-language model: ``lm`` and ``mmproj`` GGUF files, or the bundled demo model when neither is named.
 
-    ``keep``: image tokens kept, an int or a fraction; nothing is compressed unless it is given. ``method``: a name
-    (``edge-tokcomp methods``) or a ``Method``; ``prunesid`` when only ``keep`` is given. ``threads``: one budget for
-    ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``: rows of context; by default the model's own up
-    to 4096. The first load of an mmproj builds its ONNX tower, in a cache.
+    ``keep``: image tokens kept, an int or a fraction; a quarter when only ``method`` is given. ``method``: a name
+    (``edge-tokcomp methods``) or a ``Method``; ``mosaic`` when only ``keep`` is given. With neither nothing is
+    compressed. ``dynamic``: give pictures
+    with much to see more than ``keep`` and others less, so that the mean holds; the pictures of one request share
+    exactly, and one by itself is measured against the ``running`` mean of those before, the ``calibrated`` mean of the
+    model (see ``VLM.calibrate``) or a mean given as a number; with ``batch`` it needs ``VLM.encode_all``.
+    ``threads``: one budget for ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``: rows of context; by
+    default the model's own up to 4096. The first load of an mmproj builds its ONNX tower, in a cache.
 
     Raises ``TokcompError`` for files that are missing, damaged or do not fit each other, ``UsageError`` for options.
     """
@@ -82,11 +92,12 @@ def load(
         method = "none" if keep is None else DEFAULT_METHOD
     chosen = get_method(method)
     if keep is None and chosen.compresses:
-        raise UsageError(f"method {chosen.name} needs keep: how many image tokens to keep (64, 0.25, 25%)")
+        keep = DEFAULT_KEEP
     budget = 1.0 if keep is None else parse_keep(keep)
+    sharing = sharing_of(dynamic, chosen, keep)
     Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
-        Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0,
+        Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0, sharing=sharing,
         precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or cores,
         n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
@@ -96,16 +107,17 @@ class VLM:
     """A loaded model. Use as a context manager, or ``close``. Not for several threads at once."""
 
     def __init__(
-        self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, precision: Literal["fp32", "int8"],
-        provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
+        self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
+        precision: Literal["fp32", "int8"], provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None,
+        seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
-        self.lm, self.mmproj, self.method, self.keep = lm, mmproj, method, keep
+        self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
         self.seed, self.threads = seed, threads
         with ExitStack() as stack:
             self.model = stack.enter_context(LanguageModel.open(lm, gpu_layers=gpu_layers, threads=threads))
             self.encoder = ImageEncoder(
                 mmproj, self._embedded, precision=precision, provider=provider, threads=threads, seed=seed,
-                max_pixels=max_pixels,
+                max_pixels=max_pixels, method=method, keep=keep,
             )  # fmt: skip
             width = self.encoder.tower.language_width
             if width != self.model.n_embd_inp:
@@ -113,6 +125,8 @@ class VLM:
                     f"{mmproj} writes rows of {width}, {lm} takes {self.model.n_embd_inp}; "
                     "the two files are not of one model"
                 )
+            if sharing and sharing.by == "calibrated":
+                sharing.mean = Calibration.stored(self.encoder.tower.directory, mmproj).mean
             self.embedding = TokenEmbedding.of(self.model)
             self.decoder = stack.enter_context(
                 PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
@@ -123,23 +137,76 @@ class VLM:
             self._streaming: AnswerStream | None = None
             self._stack = stack.pop_all()
 
-    def encode(self, picture: Picture, question: str = CAPTION_PROMPT) -> EncodedImage:
-        """Decode, preprocess, run the tower, choose what to keep, project it.
+    def see(self, picture: Picture) -> SeenImage:
+        """Decode, preprocess and run the tower: what ``encode``, ``compress`` and ``claim`` would begin with.
 
-        ``question``: what will be asked, for methods that keep what matters to it.
         Raises ``ImageError`` for a picture that cannot be read.
         """
-        if isinstance(picture, EncodedImage):
-            if picture.question in (None, question):
-                return picture
-            return self.compress(picture, picture.method, picture.keep, question)
-        return self.encoder.encode(picture, self.method, self.keep, question)
+        if isinstance(picture, SeenImage):
+            return picture
+        return self.encoder.see(picture, self.encoder.variant(self.method, self.keep))
+
+    def encode(
+        self, picture: Picture, question: str = CAPTION_PROMPT, *, share: Share | None = None
+    ) -> EncodedImage:  # fmt: skip
+        """Decode, preprocess, run the tower, choose what to keep, project it.
+
+        ``question``: what will be asked, for methods that keep what matters to it. ``share``: what the picture was
+        given of a shared budget, where that has been decided.
+        Raises ``ImageError`` for a picture that cannot be read.
+        """
+        if share is None and self.sharing and self.sharing.by == "batch" and not isinstance(picture, EncodedImage):
+            raise UsageError(
+                "dynamic batch: a picture by itself has none to share its budget with; give all of them to encode_all, "
+                "or use dynamic calibrated"
+            )
+        if share is not None:
+            return self.encoder.compress(self.see(picture), self.method, share.keep, question, share)
+        return self.encode_all([picture], question)[0]
+
+    def encode_all(self, pictures: Sequence[Picture], question: str = CAPTION_PROMPT) -> list[EncodedImage]:
+        """``encode`` for the pictures of one request, held in memory together.
+
+        With ``dynamic`` they share their budget: what they keep sums to what it would be without. Those that come
+        encoded stay as they are.
+        """
+        seen = [self.see(picture) for picture in pictures]
+        new = [image for image in seen if not isinstance(image, EncodedImage)]
+        started = time.perf_counter()
+        shares = self.sharing.shares([self.claim(image) for image in new]) if self.sharing else [None] * len(new)
+        scoring = (time.perf_counter() - started) * 1e3 / max(len(new), 1)
+        made = []
+        for image, share in zip(new, shares, strict=True):
+            keep = share.keep if share else self.keep
+            made.append(self.encoder.compress(image, self.method, keep, question, share))
+            made[-1].timings_ms["compress"] += scoring
+        fresh = iter(made)
+        return [self._again(image, question) if isinstance(image, EncodedImage) else next(fresh) for image in seen]
+
+    def _again(self, encoded: EncodedImage, question: str) -> EncodedImage:
+        if encoded.question in (None, question):
+            return encoded
+        return self.encoder.compress(encoded, encoded.method, encoded.keep, question, encoded.share)
+
+    def claim(self, picture: Picture) -> Claim:
+        """How much there is to see in a picture, and the tokens it would have by itself."""
+        return Claim.of(self.see(picture).tokens, self.keep)
+
+    def calibrate(self, pictures: Iterable[Picture]) -> float:
+        """The mean information score of ``pictures``, stored for this tower and its precision.
+
+        Models loaded with ``dynamic="calibrated"`` from then on measure theirs against it. Raises ``ImageError`` for a
+        picture that cannot be read, ``UsageError`` without any.
+        """
+        found = Calibration.of([self.claim(picture).information for picture in pictures])
+        found.save(self.encoder.tower.directory)
+        return found.mean
 
     def compress(
-        self, encoded: EncodedImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
+        self, seen: SeenImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
     ) -> EncodedImage:
-        """The same encoded picture under another method and budget."""
-        return self.encoder.compress(encoded, method, keep, question)
+        """A picture that was seen or encoded under another method and budget."""
+        return self.encoder.compress(seen, method, keep, question)
 
     def _embedded(self, text: str, special: bool) -> NDArray[np.float32]:
         return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=special))
@@ -173,7 +240,7 @@ class VLM:
         The image's rows stay in the language model until another image is asked about, so a further question about
         the same ``EncodedImage`` costs its own tokens only.
         """
-        encoded = self._encode_all(picture, question)
+        encoded = self._asked_about(picture, question)
         rows, prefill = self._prompt(encoded, question)
         try:
             generation = self._generate(rows, sampling, max_tokens, stop)
@@ -192,14 +259,17 @@ class VLM:
             sum(len(e.plan) for e in encoded), prompt_tokens, len(generation.tokens), timings, tuple(encoded),
         )  # fmt: skip
 
-    def rows_needed(self, question: str = CAPTION_PROMPT) -> int:
+    def rows_needed(self, question: str = CAPTION_PROMPT, *, most: bool = False) -> int:
         """Rows of context that a question about one picture takes at least: text, kept tokens, one token of answer.
 
+        With ``dynamic``, of a picture that gets the mean, or with ``most`` as much as any can get.
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
         pieces = chat_prompt(self.model, question, 1).tokenize(self.model)
         patches = self.encoder.spec.patches
         kept = tokens_to_keep(self.keep, patches) if self.method.compresses else patches
+        if most and self.sharing:
+            kept = largest_share(kept, patches)
         return sum(len(piece) for piece in pieces) + kept + 1
 
     def close(self) -> None:
@@ -216,11 +286,12 @@ class VLM:
     ) -> None:
         self.close()
 
-    def _encode_all(self, picture: Picture, question: str) -> list[EncodedImage]:
-        pictures = picture if isinstance(picture, (list, tuple)) else [picture]
-        if not pictures:
+    def _asked_about(self, picture: Picture, question: str) -> list[EncodedImage]:
+        if not isinstance(picture, (list, tuple)):
+            return [self.encode(picture, question)]
+        if not picture:
             raise UsageError("an empty list holds no picture to ask about")
-        return [self.encode(each, question) for each in pictures]
+        return self.encode_all(picture, question)
 
     def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
         """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
@@ -267,7 +338,7 @@ class VLM:
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        rows, _ = self._prompt(self._encode_all(picture, question), question)
+        rows, _ = self._prompt(self._asked_about(picture, question), question)
 
         self._streaming = AnswerStream(
             self._generate(rows, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)

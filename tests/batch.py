@@ -34,7 +34,11 @@ class Told:
 
     def __init__(self, then: Any = None) -> None:
         self.seen: list[tuple[str, str, bool]] = []
+        self.counts: list[int] = []
         self.then = then
+
+    def scored(self, count: int) -> None:
+        self.counts.append(count)
 
     def done(self, record: Record, skipped: bool) -> None:
         self.seen.append((record.id, record.status, skipped))

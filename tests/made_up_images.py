@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from edge_tokcomp.methods import Method, get_method
 from edge_tokcomp.tokens import Layout, Plan, Role, VisionTokens
@@ -22,10 +23,17 @@ def image(layout: Layout, seed: int = 0, width: int = 24) -> VisionTokens:
     return VisionTokens(
         features.astype(np.float32),
         layout,
-        project=lambda rows: rows @ as_array(matrix, rows),
+        project=lambda rows: projected(rows, matrix),
         cls_attention=rng.dirichlet(np.full(total, 0.3), 4).astype(np.float32),
         keys=rng.standard_normal((total, 8)).astype(np.float32),
     )
+
+
+def projected(rows: Any, matrix: np.ndarray) -> Any:
+    """``rows @ matrix``, by way of float64: in float32 some BLAS give equal rows different products."""
+    xp = array_namespace(rows)
+    wide = xp.astype(rows, xp.float64)
+    return xp.astype(wide @ as_array(matrix.astype(np.float64), wide), xp.float32)
 
 
 def question(tokens: VisionTokens) -> Any:
@@ -59,13 +67,17 @@ def with_separators(layout: Layout, places: list[int]) -> Layout:
         np.insert(layout.crop, places, [layout.crop[min(p, len(layout) - 1)] for p in places]),
         np.insert(layout.cell, places, -1),
         np.insert(layout.role, places, Role.SEPARATOR),
+        layout.overview,
     )
+
+
+PLAN_ARRAYS = ("keep", "rank", "assign", "weight", "order")
 
 
 def same_plan(one, two) -> bool:
     return all(
         (a is None and b is None) or np.array_equal(a, b)
-        for a, b in ((one.keep, two.keep), (one.rank, two.rank), (one.assign, two.assign), (one.weight, two.weight))
+        for a, b in ((getattr(plan, name) for plan in (one, two)) for name in PLAN_ARRAYS)
     )
 
 

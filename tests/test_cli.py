@@ -40,7 +40,7 @@ def test_a_folder_of_good_and_bad_files(pair: Pair, tmp_path: Path, capsys: Capt
     assert f"{len(wanted) - len(BAD)} captioned, 0 skipped, {len(BAD)} failed" in first.err
     for name in BAD:
         assert f"  failed: {name}: " in first.err
-    assert "image tokens 36 → 9 (25.0 %), method prunesid" in first.err
+    assert "image tokens 36 → 9 (25.0 %), method mosaic" in first.err
     assert main(command) == 1
     assert f"0 captioned, {len(wanted) - len(BAD)} skipped, {len(BAD)} failed" in capsys.readouterr().err
     assert len(rows(out)) == len(wanted)
@@ -100,7 +100,7 @@ def test_a_dry_run_changes_nothing(pair: Pair, tmp_path: Path, capsys: Captured)
     assert main([*command, "--dry-run"]) == 0
     assert not out.exists()
     said = capsys.readouterr().out
-    for line in ("2 found, 0 done, 2 to do", "36 → 9 (25.0 %) a crop, method prunesid", "4096 rows", "llava15"):
+    for line in ("2 found, 0 done, 2 to do", "36 → 9 (25.0 %) a crop, method mosaic", "4096 rows", "llava15"):
         assert line in said
     assert main(command) == 0
     cut = out.read_bytes()[:-5]
@@ -149,7 +149,6 @@ def usage_errors(folder: Path, pair: Pair) -> dict[str, list[str]]:
                                         str(folder / "p" / "0.jsonl")],
         "seed -1": ["caption", photos, *options, "--seed", "-1"],
         "is not an amount": ["caption", photos, *options, "--keep", "some"],
-        "needs keep": ["caption", photos, *options, "--method", "todre"],
         "did you mean 'todre'": ["caption", photos, *options, "--method", "todr", "--keep", "3"],
         "mmproj is not given": ["caption", photos, "--lm", str(pair.lm)],
         "rows of context": ["caption", photos, *options, "--ctx", "256", "--prompt", "zq " * 300],
@@ -194,7 +193,7 @@ def test_ask_streams_the_answer_to_stdout(pair: Pair, tmp_path: Path, capsys: Ca
     streams = capsys.readouterr()
     assert streams.out.endswith("\n")
     assert streams.out.strip()
-    assert "36 → 9 (25.0 %), method prunesid" in streams.err
+    assert "36 → 9 (25.0 %), method mosaic" in streams.err
     assert main(["ask", str(folder / "no.png"), "what", *pair.options]) == 1
     assert "no.png: no such file" in capsys.readouterr().err
 

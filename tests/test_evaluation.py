@@ -20,9 +20,9 @@ class Scripted:
     def __init__(self, method: str, keep: int | float, *, talkative: bool = False) -> None:
         self.method, self.keep, self.talkative = get_method(method), keep, talkative
         self.lm, self.encoder = SimpleNamespace(name="scripted"), SimpleNamespace(precision="fp32")
-        self.shown = -1
+        self.shown, self.sharing = -1, None
 
-    def encode(self, image: np.ndarray) -> int:
+    def see(self, image: np.ndarray) -> int:
         self.shown += 1
         return self.shown
 
@@ -123,8 +123,9 @@ def test_the_report_shows_every_task_with_its_interval() -> None:
     task = {"score": 0.5, "low": 0.4, "high": 0.6, "n": 10, "none": 0.6, "difference": -0.1, "difference_low": -0.2,
             "difference_high": 0.0}  # fmt: skip
     text = report(
-        {"method": "pool", "tokens": 64.0, "scenes": 10, "seconds": 1.0, "wrong_image": False, "tasks": {"digit": task}}
-    )
+        {"method": "pool", "tokens": 64.0, "scenes": 10, "seconds": 1.0, "wrong_image": False, "dynamic": False,
+         "tasks": {"digit": task}}
+    )  # fmt: skip
     assert "pool, 64 image tokens" in text
     assert "digit" in text
     assert "-10.0 [-20.0,  +0.0]" in text

@@ -83,12 +83,15 @@ def test_todre_drops_the_whole_image_once_text_hardly_looks_at_it():
 
 @pytest.mark.parametrize("mirrored", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("cutoff", [0.01, 0.25, 1.0])
-def test_spectrum_energy_is_that_of_the_lowest_frequencies(mirrored, scaled, cutoff):
+def test_spectrum_energy_is_that_of_the_lowest_frequencies(mirrored, scaled, centred, cutoff):
     hidden = state(20).hidden
     rows = hidden.astype(np.float64)
     if scaled:
         rows = rows / np.sqrt((rows**2).mean(axis=1))[:, None]
+    if centred:
+        rows = rows - sum(rows) / 20
     ring = np.concatenate([rows, rows[::-1]]) if mirrored else rows
     length = len(ring)
     bins = max(2, int(cutoff * (length // 2 + 1)))
@@ -98,7 +101,7 @@ def test_spectrum_energy_is_that_of_the_lowest_frequencies(mirrored, scaled, cut
             if min(frequency, length - frequency) < bins:
                 turn = np.exp(2j * np.pi * frequency * (place - np.arange(length)) / length)
                 low[place] += (turn[:, None] * ring).sum(axis=0).real / length
-    step = Spectrum(cutoff=cutoff, mirrored=mirrored, scaled=scaled)
+    step = Spectrum(cutoff=cutoff, mirrored=mirrored, scaled=scaled, centred=centred)
     np.testing.assert_allclose(step.energy(hidden), (low**2).mean(axis=1), atol=1e-9)
     given = LayerState(hidden, np.zeros(20, np.int64), 20, np.arange(20), np.arange(20, 22))
     expected = sorted(sorted(range(20), key=lambda i: -round((low[i] ** 2).mean(), 10))[:7])
@@ -115,7 +118,7 @@ def test_spectrum_treats_each_crop_alone():
 def test_a_mirrored_filter_does_not_spill_the_first_row_into_the_last():
     hidden = np.full((32, 4), 0.01, np.float32)
     hidden[0] = 1
-    ends = {m: Spectrum(mirrored=m, scaled=False).energy(hidden)[-1] for m in (True, False)}
+    ends = {m: Spectrum(mirrored=m, scaled=False, centred=False).energy(hidden)[-1] for m in (True, False)}
     assert ends[True] < ends[False] / 10
 
 
@@ -130,6 +133,16 @@ def test_scaling_keeps_one_huge_row_from_holding_all_the_energy():
     calm = kept(state(32).hidden, True)
     assert kept(hidden, True) == calm
     assert kept(hidden, False) != calm
+
+
+def test_centring_keeps_what_differs_from_the_background_and_plain_energy_keeps_the_background():
+    rng = np.random.default_rng(3)
+    hidden = rng.normal([9, 0, 0, 0], 0.1, (64, 4)).astype(np.float32)
+    thing = np.arange(20, 28)
+    hidden[thing] = rng.normal([2, 3, 3, 0], 0.1, (8, 4))
+    given = LayerState(hidden, np.zeros(64, np.int64), 64, np.arange(64), np.arange(1))
+    assert Spectrum(cutoff=1.0).survivors(given, 8 / 64).tolist() == thing.tolist()
+    assert not set(thing) & set(Spectrum(cutoff=1.0, centred=False, scaled=False).survivors(given, 8 / 64))
 
 
 def test_a_cascade_ends_with_no_image_rows():
@@ -158,7 +171,7 @@ def test_rows_no_more_than_asked_for_are_all_kept(name):
         ("fastv@2:0.5", 32, {2: 0.5}),
         ("pyramid@8,16,24:0.5", 32, {8: 0.5, 16: 0.5, 24: 0.5}),
         ("pyramid", 32, {8: 0.5, 16: 0.5, 24: 0.5}),
-        ("spectrum", 32, {8: 0.5, 16: 0.25, 24: 0.0}),
+        ("spectrum", 32, {8: 0.5, 16: 0.25, 24: 0.1, 31: 0.0}),
         ("spectrum@1:0.5,cutoff=0.1,scaled=false", 4, {1: 0.5}),
     ],
 )
@@ -187,6 +200,11 @@ def test_steps_are_read_from_text_and_written_back(text, depth, layers):
 def test_steps_that_make_no_sense_are_refused(text, says):
     with pytest.raises(UsageError, match=says):
         read_layer_step(text)
+
+
+def test_of_fractions_that_fall_on_one_layer_the_last_counts():
+    assert Spectrum().layers(4) == {1: 0.5, 2: 0.25, 3: 0.0}
+    assert Spectrum().layers(32) == {8: 0.5, 16: 0.25, 24: 0.1, 31: 0.0}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,24 @@ def test_a_kept_cls_row_passes_through_a_merging_plan_unchanged():
     assert plan.weight[0] == 1
 
 
+def test_picks_in_order_fill_the_places_of_their_crop_and_separators_stay():
+    layout = with_separators(Layout.of_grids((1, 3), (1, 3), cls_rows=True), [2, 6])
+    assert layout.role.tolist() == [2, 0, 1, 0, 0, 2, 0, 1, 0, 0]
+
+    def chosen(rows, k):
+        return Picks(np.array([5, 1, 2, 3, 0])[:k], in_order=True)
+
+    plan = answering(chosen).compress(image(layout), 7)
+    assert plan.rank.tolist() == [2, 7, 9, 3, 4, 6, 1]
+    assert plan.keep.tolist() == [1, 2, 3, 4, 6, 7, 9]
+    assert plan.order.tolist() == [3, 2, 4, 1, 9, 7, 6]
+    with_cls = answering(lambda rows, k: Picks(np.array([2, 1, 0])[:k], in_order=True), scope="crop", keep_cls=True)
+    plan = with_cls.compress(image(layout), 7)
+    assert plan.order.tolist() == [0, 2, 4, 3, 5, 7, 9]
+    assert np.array_equal(layout.crop[plan.order], layout.crop[plan.keep])
+    assert answering(lambda rows, k: Picks(np.arange(k), in_order=True)).compress(image(layout), 7).order is None
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [

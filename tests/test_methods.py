@@ -11,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.methods import METHODS, Picks, get_method
+from edge_tokcomp.methods import METHODS, Picks, TowerMethod, get_method
 from edge_tokcomp.methods.regions import split
 from edge_tokcomp.tokens import Layout, Role, VisionTokens
 from made_up_images import answering, compress, image, moved, same_plan, with_separators
 
 MATRIX = [
-    *METHODS,
+    *(name for name, cls in METHODS.items() if not issubclass(cls, TowerMethod)),
+    "mosaic:plenty=0,attended=1",
     "prunesid:score=projection",
     "prunesid:centre=token,rho_mode=qwen,groups=3,lambda=0.5",
     "prunesid:keep_cls=true",
+    "prunesid:order=released",
+    "prunesid:order=released,keep_cls=true",
     "prunesid-paper:keep_cls=true",
     "todre:form=k_center",
     "visionzip:aggregate=mean,centred=true,keep_cls=true",
@@ -37,7 +40,7 @@ MATRIX = [
 ]
 COMPRESSING = [name for name in MATRIX if name != "none"]
 BLIND = ("random", "uniform", "pool")
-ORDERED = ("holov", "visionzip", "tome", "cdpruner:relevance=off", "scope:alpha=0")
+ORDERED = ("mosaic", "holov", "visionzip", "tome", "cdpruner:relevance=off", "scope:alpha=0")
 """Methods whose result goes by the raster order of the tokens: by design, or because ties are the rule."""
 SEEING = [name for name in COMPRESSING if not name.startswith(BLIND)]
 

@@ -120,6 +120,13 @@ def test_files_of_other_programs_are_refused_and_left_alone(tmp_path: Path, kind
         assert path.read_bytes() == other
 
 
+@pytest.mark.parametrize("kind", [JsonLines, Csv])
+def test_the_information_of_a_picture_is_read_back(tmp_path: Path, kind: type[JsonLines]) -> None:
+    path = tmp_path / ("a.csv" if kind is Csv else "a.jsonl")
+    fill(kind, path, [record(0), record(1, choices={"information": 0.25, "dynamic": "running"})])
+    assert [earlier.information for earlier in read_earlier(path)] == [None, 0.25]
+
+
 def test_a_lost_quotation_mark_does_not_cost_the_rows_behind_it(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     fill(Csv, path, [record(4 * n) for n in range(5)])
@@ -131,7 +138,10 @@ def test_a_lost_quotation_mark_does_not_cost_the_rows_behind_it(tmp_path: Path) 
     assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("change", [{"width": "wide"}, {"caption": None}, {"status": "maybe"}, {"sha256": 7}])
+@pytest.mark.parametrize("change", [{"width": "wide"}, {"caption": None}, {"status": "maybe"}, {"sha256": 7},
+                                    {"choices": 3}, {"choices": {"information": "much"}},
+                                    {"choices": {"information": float("nan")}}, {"choices": {"information": True}},
+                                    {"choices": "{}}"}])  # fmt: skip
 def test_records_that_were_edited_badly_are_named_by_their_number(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "a.jsonl"
     good = record(0).to_json()

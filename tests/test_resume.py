@@ -12,6 +12,7 @@ from PIL import Image
 
 from batch import PARAMETERS, into, rows
 from edge_tokcomp.captioning import count_done
+from edge_tokcomp.dynamic import Sharing
 from edge_tokcomp.errors import UsageError
 from edge_tokcomp.methods import get_method
 from edge_tokcomp.parameters import Parameters, hash_of_model, params_hash
@@ -55,7 +56,7 @@ def test_the_parameters_hash_depends_on_all_that_decides_a_caption() -> None:
 
 def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM, tmp_path: Path) -> None:
     def like(**changed: object) -> str:
-        names = ("lm", "mmproj", "method", "keep", "seed", "precision", "decoder")
+        names = ("lm", "mmproj", "method", "keep", "sharing", "seed", "encoder", "decoder")
         given = {name: getattr(vlm, name) for name in names} | changed
         return hash_of_model(SimpleNamespace(**given))  # type: ignore[arg-type]
 
@@ -65,7 +66,9 @@ def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM,
     assert base == hash_of_model(vlm)
     changes: list[dict[str, object]] = [
         {"lm": other}, {"mmproj": other}, {"method": get_method("pool")}, {"method": get_method("todre:form=k_center")},
-        {"keep": 5}, {"seed": 9}, {"precision": "int8"}, {"decoder": SimpleNamespace(n_ctx=77)},
+        {"keep": 5}, {"seed": 9}, {"encoder": SimpleNamespace(precision="int8")},
+        {"decoder": SimpleNamespace(n_ctx=77)}, {"sharing": Sharing("batch")}, {"sharing": Sharing("running")},
+        {"sharing": Sharing(0.5)}, {"sharing": Sharing(0.6)},
     ]  # fmt: skip
     assert len({base, *(like(**change) for change in changes)}) == 1 + len(changes)
     moved = tmp_path / "moved.gguf"

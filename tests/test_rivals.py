@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.methods import get_method, selection
+from edge_tokcomp.methods import get_method, kernels, selection
 from edge_tokcomp.methods.holov import chunk_quotas
 from edge_tokcomp.methods.kernels import stretched, unit_rows
 from edge_tokcomp.methods.selection import Cosines, coverage, farthest, log_det
@@ -306,7 +307,7 @@ def test_nearest_is_the_same_from_the_table_and_in_blocks(monkeypatch):
     unit = unit_rows(np.random.default_rng(1).standard_normal((70, 9)))
     table = Cosines(unit, 70)
     monkeypatch.setattr(selection, "_GRAM_ROWS", 0)
-    monkeypatch.setattr(selection, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(kernels, "_BLOCK_VALUES", 16 * 70)
     blocks = Cosines(unit, 70)
     assert table.table is not None
     assert blocks.table is None
@@ -314,6 +315,47 @@ def test_nearest_is_the_same_from_the_table_and_in_blocks(monkeypatch):
     np.testing.assert_allclose(table.nearest(), expected, atol=1e-12)
     np.testing.assert_allclose(blocks.nearest(), expected, atol=1e-12)
     assert farthest(table, 20, 3, "max_min").tolist() == farthest(blocks, 20, 3, "max_min").tolist()
+
+
+def test_the_one_row_there_is_has_no_nearest_other():
+    assert Cosines(np.ones((1, 1)), 1).nearest().tolist() == [-1]
+
+
+@pytest.mark.parametrize("name", ["divprune", "scope", "mmtok", "todre", "cdpruner:relevance=off", "vispruner"])
+def test_plans_do_not_depend_on_what_is_computed_at_once(name, tokens, monkeypatch):
+    whole = compress(name, tokens, 20).rank.tolist()
+    for room, setting, value in (
+        (kernels, "_BLOCK_VALUES", 1),
+        (kernels, "_BLOCK_VALUES", 56 * 10),
+        (selection, "_ROWS_PER_STEP", 0),
+    ):
+        monkeypatch.setattr(room, setting, value)
+        assert compress(name, tokens, 20).rank.tolist() == whole
+
+
+def test_unit_rows_leave_what_they_were_given_alone():
+    torch = pytest.importorskip("torch")
+    for rows in (np.random.default_rng(0).standard_normal((7, 4)) + 3, np.eye(4, dtype=np.float32)):
+        before = rows.copy()
+        for centred in (False, True):
+            unit_rows(rows, centred=centred)
+            unit_rows(torch.from_numpy(rows), centred=centred)
+        assert np.array_equal(rows, before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["prunesid", "prunesid-paper", "prunesid-qwen", "todre", "divprune", "scope", "cdpruner", "mmtok", "dart", "holov",
+     "vispruner", "visionzip", "tome"],
+)  # fmt: skip
+def test_memory_is_a_few_times_the_square_of_the_tokens(name):
+    wide = image(Layout.of_grids((18, 18)), width=324)  # so that the rows themselves take one such square
+    compress(name, wide, 162)
+    tracemalloc.start()
+    compress(name, wide, 162)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * (8 * 324**2)
 
 
 def test_centring_takes_away_what_all_rows_share_and_nothing_else():

@@ -13,9 +13,12 @@ from edge_tokcomp.tokens import Layout, VisionTokens
 FORMS = ["max_sum", "k_center"]
 
 
-def image(*grids, seed=0, attention=True, cls_rows=False) -> VisionTokens:
+def image(*grids, seed=0, attention=True, cls_rows=False, overview=False) -> VisionTokens:
+    return tokens_of(Layout.of_grids(*grids, cls_rows=cls_rows, overview=overview), seed, attention)
+
+
+def tokens_of(layout: Layout, seed: int = 0, attention: bool = True) -> VisionTokens:
     rng = np.random.default_rng(seed)
-    layout = Layout.of_grids(*grids, cls_rows=cls_rows)
     total = len(layout)
     features = rng.standard_normal((total, 4)) @ rng.standard_normal((4, 32)) + rng.standard_normal((total, 32))
     features = (features + rng.standard_normal(32)).astype(np.float32)
@@ -57,21 +60,43 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(form):
         assert np.array_equal(method.compress(tokens, k).rank, longest[:k])
 
 
-def test_the_pivot_is_looked_for_in_the_overview_only_but_tokens_come_from_every_crop():
-    tokens = image((4, 4), (6, 6), (6, 6))
-    tokens.cls_attention[:, 30] = 1
+@pytest.mark.parametrize("cls_rows", [False, True])
+def test_the_pivot_is_looked_for_in_the_overview_only_but_tokens_come_from_every_crop(cls_rows):
+    tokens = image((4, 4), (6, 6), (6, 6), cls_rows=cls_rows, overview=True)
+    tokens.cls_attention[:, [0, 30]] = 0, 1
     plan = get_method("todre").compress(tokens, 20)
-    assert plan.rank[0] == tokens.cls_attention[:, :16].mean(axis=0).argmax()
+    assert plan.rank[0] == tokens.cls_attention[:, : 16 + cls_rows].mean(axis=0).argmax()
+    if cls_rows:
+        return
     assert plan.rank.tolist() == slow_todre(tokens.embeddings, int(plan.rank[0]), 20, "max_sum")
     assert set(tokens.layout.crop[plan.keep]) == {0, 1, 2}
 
 
-def test_without_attention_the_pivot_is_the_overviews_most_typical_token():
-    tokens = image((5, 5), (6, 6), attention=False)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_pivot_of_a_video_is_the_best_of_the_frame_whose_best_is_largest(form):
+    for seed in range(6):
+        tokens = tokens_of(Layout.of_frames(5, (4, 3), cls_rows=True), seed)
+        frames = tokens.cls_attention.mean(axis=0).reshape(5, 13)
+        frames[:, 0] = 0
+        best = frames.argmax(axis=1)
+        frame = max(range(5), key=lambda f, best=best, frames=frames: frames[f, best[f]])
+        plan = get_method("todre", form=form).compress(tokens, 9)
+        assert plan.rank[0] == 13 * frame + best[frame]
+
+
+def test_crops_that_are_no_overview_are_equals():
+    tokens = image((4, 4), (6, 6), seed=1)
+    tokens.cls_attention[:, 30] = 1
+    assert get_method("todre").compress(tokens, 5).rank[0] == 30
+
+
+@pytest.mark.parametrize("overview", [True, False])
+def test_without_attention_the_pivot_is_the_most_typical_token_of_the_overview_or_of_all(overview):
+    tokens = image((5, 5), (6, 6), attention=False, overview=overview)
     plan = get_method("todre").compress(tokens, 12)
     unit = tokens.embeddings / np.linalg.norm(tokens.embeddings, axis=1, keepdims=True)
-    mean = unit[:25].mean(axis=0)
-    assert plan.rank[0] == np.argmax(unit[:25] @ mean)
+    among = unit[:25] if overview else unit
+    assert plan.rank[0] == np.argmax(among @ among.mean(axis=0))
     assert plan.rank.tolist() == slow_todre(tokens.embeddings, int(plan.rank[0]), 12, "max_sum")
     assert plan.stats["pivot_by_attention"] == 0
 

@@ -35,6 +35,17 @@ def test_crops_follow_each_other_led_by_their_cls_rows():
     assert not layout.protected.any()
 
 
+def test_frames_are_crops_in_time_and_none_is_an_overview():
+    layout = Layout.of_frames(3, (1, 2), cls_rows=True)
+    assert layout.grids == ((1, 2),) * 3
+    assert layout.crop.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert layout.cell.tolist() == [-1, 0, 1] * 3
+    assert not layout.overview
+    assert Layout.of_grids((1, 2), (1, 2), overview=True).overview
+    with pytest.raises(ValueError, match="0 frames"):
+        Layout.of_frames(0, (2, 2))
+
+
 def test_separators_are_protected_and_part_of_the_uncompressed_image():
     role = np.array([Role.PATCH, Role.SEPARATOR, Role.PATCH, Role.CLS], np.int8)
     layout = Layout(((1, 2),), np.zeros(4, np.int64), np.array([0, -1, 1, -1]), role)
@@ -111,6 +122,9 @@ def test_only_kept_rows_are_projected_unless_all_were_asked_for_and_then_once():
         ({"assign": [0, 0, -2, 1, 1, 1]}, "within"),
         ({"assign": [0, 0, -1, -1, -1, -1]}, "at least one row"),
         ({"weight": [np.nan, 1, 1, 1, 1, 1]}, "finite"),
+        ({"order": [4, 1]}, "does not go with assign"),
+        ({"order": [4, 2], "assign": None, "weight": None}, "order must be a permutation"),
+        ({"order": [4], "assign": None, "weight": None}, "order must be a permutation"),
     ],
 )
 def test_plans_that_contradict_themselves_are_refused(change, says):
@@ -158,12 +172,27 @@ def test_a_plan_says_what_it_does():
     assert str(merging_plan()) == "6 → 2 (33.3 %)"
 
 
-@pytest.mark.parametrize("plan", [merging_plan(), Plan(np.array([0, 2]), np.array([2, 0]), 3, 3)])
+def test_rows_are_gathered_in_the_plans_own_order_where_it_has_one():
+    torch = pytest.importorskip("torch")
+    plan = Plan(np.array([0, 2, 3]), np.array([3, 2, 0]), 4, 4, order=np.array([2, 3, 0]))
+    rows = np.arange(8).reshape(4, 2)
+    assert plan.apply(rows).tolist() == [[4, 5], [6, 7], [0, 1]]
+    assert plan.apply(torch.from_numpy(rows)).tolist() == [[4, 5], [6, 7], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        merging_plan(),
+        Plan(np.array([0, 2]), np.array([2, 0]), 3, 3),
+        Plan(np.array([0, 2, 3]), np.array([3, 2, 0]), 4, 4, order=np.array([2, 0, 3])),
+    ],
+)
 def test_saved_plans_come_back_the_same(tmp_path, plan):
     plan.save(tmp_path / "a.plan")
     back = Plan.load(tmp_path / "a.plan")
     assert (back.total, back.before, back.stats) == (plan.total, plan.before, plan.stats)
-    for name in ("keep", "rank", "assign", "weight"):
+    for name in ("keep", "rank", "assign", "weight", "order"):
         one, two = getattr(plan, name), getattr(back, name)
         assert (one is None and two is None) or (np.array_equal(one, two) and one.dtype == two.dtype)
 
@@ -235,6 +264,8 @@ HOSTILE = {
     "two axes": npz(**GOOD | {"keep": npy(np.array([[0]]))}),
     "total is a list": npz(**GOOD | {"total": npy(np.array([2, 2]))}),
     "nothing before": npz(**GOOD | {"before": npy(np.int64(0))}),
+    "other order": npz(**GOOD | {"order": npy(np.array([1]))}),
+    "fractional order": npz(**GOOD | {"order": npy(np.array([0.0]))}),
     "names without values": npz(**GOOD | {"stats_values": npy(np.array([]))}),
     "weight without assign": npz(**GOOD | {"weight": npy(np.ones(2, np.float32))}),
     "weight beyond float32": npz(**GOOD | {"assign": npy(np.zeros(2, int)), "weight": npy(np.full(2, 1e300))}),

@@ -199,9 +199,23 @@ def test_nothing_is_compressed_without_keep(pair: Pair, vlm: VLM) -> None:
             assert answer.tokens_after == 36
 
 
+@pytest.mark.parametrize(
+    ("options", "method", "keep"),
+    [
+        ({}, "none", 1.0),
+        ({"keep": 9}, "mosaic", 9),
+        ({"method": "todre"}, "todre", 0.25),
+        ({"method": "none"}, "none", 1.0),
+    ],
+)
+def test_method_and_keep_that_are_left_open(pair: Pair, options: dict[str, Any], method: str, keep: float) -> None:
+    with opened(pair, **options) as opened_so:
+        assert (str(opened_so.method), opened_so.keep) == (method, keep)
+        assert len(opened_so.encode(scene()).plan) == (36 if method == "none" else 9)
+
+
 def test_only_the_kept_tokens_enter_the_language_model(pair: Pair, vlm: VLM) -> None:
-    with opened(pair, keep=9) as small:
-        assert str(small.method) == "prunesid"
+    with opened(pair, keep=9, method="prunesid") as small:
         encoded = small.encode(scene())
         answer = small.answer(encoded, "what is this", **SHORT)
         assert (answer.tokens_before, answer.tokens_after, len(encoded.rows)) == (36, 9, 9)
@@ -217,7 +231,6 @@ def test_only_the_kept_tokens_enter_the_language_model(pair: Pair, vlm: VLM) -> 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"method": "prunesid"}, "needs keep"),
         ({"method": "prunsid", "keep": 9}, "did you mean 'prunesid'"),
         ({"keep": 0}, "leaves no token"),
         ({"keep": "many"}, "is not an amount"),

@@ -11,17 +11,20 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import TokcompError, UsageError
-from .base import Candidates, Choice, Merges, Method, Picks, Scores
+from .base import Candidates, Choice, Merges, Method, Picks, Scores, TowerMethod
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
 from .holov import HoloV
+from .luvc import LUVC
 from .mmtok import MMTok
+from .mosaic import Mosaic
 from .none import NoCompression
 from .options import describe_options, match_options, read_options, suggest
 from .pool import Pool
 from .prunesid import PruneSID, PruneSIDPaper, PruneSIDQwen, information_score
 from .random_ import RandomTokens
+from .resolution import Resolution
 from .scope import SCOPE
 from .todre import ToDRE
 from .tome import ToMe
@@ -30,8 +33,8 @@ from .visionzip import VisionZip
 from .vispruner import VisPruner
 
 __all__ = [
-    "METHODS", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "get_method", "information_score",
-    "method_table",
+    "METHODS", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "TowerMethod", "get_method",
+    "information_score", "method_table",
 ]  # fmt: skip
 
 GROUP = "edge_tokcomp.methods"
@@ -41,10 +44,13 @@ METHODS: dict[str, type[Method]] = {
     "random": RandomTokens,
     "uniform": Uniform,
     "pool": Pool,
+    "resolution": Resolution,
+    "mosaic": Mosaic,
     "prunesid": PruneSID,
     "prunesid-paper": PruneSIDPaper,
     "prunesid-qwen": PruneSIDQwen,
     "todre": ToDRE,
+    "luvc": LUVC,
     "visionzip": VisionZip,
     "divprune": DivPrune,
     "vispruner": VisPruner,

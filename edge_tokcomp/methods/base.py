@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..budget import share, tokens_to_keep
 from ..errors import TokcompError, UsageError
 from ..tokens import Array, Ints, Plan, Role, VisionTokens
+from ..variant import TowerVariant
 from .kernels import like, to_numpy, top_k
 from .options import check_options, spell
 
@@ -33,7 +34,8 @@ class Candidates:
 
     ``features (n, D) float32``, ``cls_attention (heads, n) float32`` and ``keys (n, Dk) float32`` are arrays of the
     caller's library on the caller's device; the last two are there when the method names them and the tower has them.
-    ``grids``: ``(rows, columns)`` of each crop in the view; ``crop (n,)`` and ``cell (n,)`` place a row in them.
+    ``grids``: ``(rows, columns)`` of each crop in the view; ``crop (n,)`` and ``cell (n,)`` place a row in them;
+    ``overview``: crop 0 is a thumbnail of the whole picture.
     ``budget``: rows the language model gets from this view, a kept CLS included (``k`` counts patches only).
     ``query (m, d) float32``: the question's tokens at language width, if there is one and the method names it.
     ``seed``: of the run and the crop, for ``random``.
@@ -49,6 +51,7 @@ class Candidates:
     keys: Array | None = None
     query: Array | None = None
     project: Callable[[], Array] | None = None
+    overview: bool = False
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -80,10 +83,15 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Picks:
-    """``indices (k,) int64``: the rows kept, in the order they were chosen."""
+    """``indices (k,) int64``: the rows kept, in the order they were chosen.
+
+    ``in_order``: they enter the language model in that order, not in raster order: the crop's CLS row first, then each
+    in the next of the crop's kept places. Separators stay where they are.
+    """
 
     indices: Ints
     stats: Stats = field(default_factory=dict)
+    in_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +173,14 @@ class Method(ABC):
             raise ValueError("the image has no patch rows")
         if seed < 0:
             raise UsageError(f"seed must be 0 or more, got {seed}")
-        wanted = tokens_to_keep(keep, len(layout.uncompressed))
+        wanted = tokens_to_keep(keep, layout.before)
         inputs = _Inputs(tokens, self, query)
         separators = np.flatnonzero(layout.protected).astype(np.int64)
         total = max(wanted, len(separators) + 1)
         stats: dict[str, float] = {} if total == wanted else {"keep_asked": wanted, "keep_raised": total}
         if not self.compresses or total >= len(layout.uncompressed):
             return _identity(tokens, stats)
-        ranked, merging = [separators], _Merging(len(tokens), separators)
+        ranked, merging, fed = [separators], _Merging(len(tokens), separators), np.arange(len(tokens), dtype=np.int64)
         for view, budget in self._views(tokens, total - len(separators)):
             cls_rows = view.cls_rows[: max(budget - 1, 0)]
             k = budget - len(cls_rows)
@@ -181,7 +189,11 @@ class Method(ABC):
                 order, choice = self._settled(self.choose(rows, k), len(view.patches), k)
             else:
                 order, choice = np.arange(k), Picks(np.arange(k))
-            ranked += [cls_rows, view.patches[order]]
+            chosen = np.concatenate([cls_rows, view.patches[order]])
+            ranked.append(chosen)
+            if isinstance(choice, Picks) and choice.in_order:
+                crop = layout.crop[chosen]
+                fed[chosen[np.lexsort((chosen, crop))]] = chosen[np.argsort(crop, kind="stable")]
             merging.add(view.patches, order, choice)
             merging.keep(cls_rows)
             prefix = f"crop{view.crops[0]}." if len(layout.grids) > 1 and self.scope == "crop" else ""
@@ -189,7 +201,11 @@ class Method(ABC):
         rank = np.concatenate(ranked)
         kept = np.sort(rank)
         assign, weight = merging.tables(kept)
-        return Plan(kept, rank, len(tokens), len(layout.uncompressed), assign, weight, stats)
+        fed = fed[kept]
+        return Plan(
+            kept, rank, len(tokens), layout.before, assign, weight, stats,
+            None if np.array_equal(fed, kept) else fed,
+        )  # fmt: skip
 
     def _views(self, tokens: VisionTokens, budget: int) -> list[tuple[_View, int]]:
         """The whole image, or each crop with its share of the budget."""
@@ -222,6 +238,23 @@ class Method(ABC):
             if not np.array_equal(choice.assign[order], np.arange(k)):
                 raise ValueError(f"{self.name} must assign each representative to itself")
         return order, choice
+
+
+@dataclass(frozen=True)
+class TowerMethod(Method):
+    """A method that acts before the tower's output, by having the tower run otherwise; all that comes out is kept."""
+
+    @abstractmethod
+    def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
+        """How a tower of ``grid`` patches and ``blocks`` blocks is to be run for at most ``wanted`` rows a crop."""
+
+    @final
+    def choose(self, rows: Candidates, k: int) -> Choice:
+        """There is nothing to choose among; raises ``TokcompError``."""
+        raise TokcompError(
+            f"method {self.name} acts in the tower or before it, and these {len(rows)} rows have left it; "
+            "it needs a picture, or choose another method (edge-tokcomp methods)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +307,7 @@ class _Inputs:
             keys=None if keys is None else xp.take(keys, index, axis=0),
             query=self.optional["query"],
             project=None if self.tokens.project is None else project,
+            overview=layout.overview and crops[0] == 0,
         )
 
 
@@ -307,7 +341,7 @@ class _Merging:
 
 def _identity(tokens: VisionTokens, stats: Stats) -> Plan:
     every = tokens.layout.uncompressed
-    return Plan(every, every, len(tokens), len(every), stats=stats)
+    return Plan(every, every, len(tokens), tokens.layout.before, stats=stats)
 
 
 def finite_float32(label: str, array: Array, axis: int = 0, names: Ints | None = None) -> Array:

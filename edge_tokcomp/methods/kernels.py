@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from ..tokens import Array, Ints
 
 _GRID = float(2**36)
+_BLOCK_VALUES = 2**17
+"""Values that are worked on at a time, so that they stay in the processor's cache (1 MiB)."""
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
@@ -43,19 +45,27 @@ def unit_rows(rows: Array, *, centred: bool = False) -> Array:
     ``centred``: their mean is subtracted first (Cen-Prune). Towers give all rows a large common part, so that plain
     cosines lie close together and their order says little.
     """
+    return directions(rows, centred=centred)[0]
+
+
+def directions(rows: Array, *, centred: bool = True) -> tuple[Array, Array]:
+    """``unit_rows``, and the lengths ``(N,)`` they had before."""
     xp = array_namespace(rows)
-    rows = xp.astype(rows, xp.float64)
+    rows = xp.astype(rows, xp.float64)  # a copy, so that what follows may work in place
     if centred:
-        rows = _without_noise(rows - xp.mean(rows, axis=0, keepdims=True), rows)
-    length = xp.sqrt(xp.sum(rows * rows, axis=1, keepdims=True))
-    return rows / xp.where(length > 0, length, xp.ones_like(length))
+        most = _largest(rows, None)
+        rows -= xp.mean(rows, axis=0, keepdims=True)
+        rows *= xp.astype(_largest(rows, 1) > 1e-12 * most, xp.float64)  # rows of rounding errors become zero
+    length = xp.sqrt(xp.linalg.vecdot(rows, rows))
+    rows /= xp.where(length > 0, length, xp.ones_like(length))[:, None]
+    return rows, length
 
 
-def _without_noise(rows: Array, before: Array) -> Array:
-    """``rows`` with those set to zero that are nothing but rounding errors of ``before``."""
-    xp = array_namespace(rows)
-    large = xp.max(xp.abs(rows), axis=1, keepdims=True) > 1e-12 * xp.max(xp.abs(before))
-    return xp.where(large, rows, xp.zeros_like(rows))
+def _largest(values: Array, axis: int | None) -> Array:
+    """The largest magnitude in ``values``, or along an axis, which stays."""
+    xp = array_namespace(values)
+    keep = axis is not None
+    return xp.maximum(xp.max(values, axis=axis, keepdims=keep), -xp.min(values, axis=axis, keepdims=keep))
 
 
 def stretched(values: Array) -> Array:
@@ -70,6 +80,12 @@ def stretched(values: Array) -> Array:
 def gram(rows: Array) -> Array:
     """``(N, N)`` inner products of ``rows (N, D)``."""
     return rows @ array_namespace(rows).matrix_transpose(rows)
+
+
+def blocks(count: int, width: int) -> list[slice]:
+    """``count`` rows of ``width`` values, cut into pieces that fit the cache."""
+    step = max(1, _BLOCK_VALUES // width)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def top_k(scores: NDArray[Any], k: int) -> Ints:

@@ -22,7 +22,8 @@ from ..budget import share
 from ..errors import UsageError
 from ..tokens import Array, Ints
 from .base import Candidates, Method, Picks
-from .kernels import gram, like, settle, to_numpy, unit_rows
+from .eigenvectors import leading_eigenvectors
+from .kernels import blocks, gram, like, settle, to_numpy, unit_rows
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -40,7 +41,8 @@ class PruneSID(Method):
     ``score``: the ``cls`` attention summed over heads (code) or the ``projection`` length (paper).
     ``rho_mode``: mean over distinct pairs, or the Qwen code's, which is about half of it.
     ``quota``: by survivors within ``bounds`` of 1 and ``upper_mult`` * ceil(K / 64) (code), or by ``survivors``.
-    The plan's ``rank`` is the order in which the release emits its tokens: group by group.
+    ``order``: tokens enter the language model in ``raster`` order, or as ``released``: group by group, which is the
+    plan's ``rank``; of several crops the release fills each one's places in that order, and so do we.
     """
 
     centre: Literal["feature", "token"] = "feature"
@@ -51,6 +53,7 @@ class PruneSID(Method):
     lambda_: float | None = None
     upper_mult: int = 5
     keep_cls: bool = False
+    order: Literal["raster", "released"] = "raster"
 
     name: ClassVar[str] = "prunesid"
     title: ClassVar[str] = "PruneSID (released LLaVA code)"
@@ -78,6 +81,10 @@ class PruneSID(Method):
     def default_lambda(self, budget: int, count: int) -> float:
         """Factor of rho where ``lambda_`` is None, for ``count`` tokens."""
         return budget / 32
+
+    def released_in_groups(self, k: int) -> bool:
+        """Whether the release leaves ``k`` tokens in the order of its groups."""
+        return True
 
     def choose(self, rows: Candidates, k: int) -> Picks:
         """Steps 1 to 3 of the class docstring; N-length vectors and one group's pairs at a time go to the host."""
@@ -114,7 +121,8 @@ class PruneSID(Method):
         spare = np.sort(np.concatenate(suppressed))
         spare = spare[np.argsort(-score[spare], kind="stable")]
         picks = np.concatenate([picks, spare[: k - len(picks)]])
-        return Picks(picks, {"groups": lengths.shape[1], "rho": rho, "tau": tau, "survivors": sum(counts)})
+        stats = {"groups": lengths.shape[1], "rho": rho, "tau": tau, "survivors": sum(counts)}
+        return Picks(picks, stats, in_order=self.order == "released" and self.released_in_groups(k))
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,10 @@ class PruneSIDQwen(PruneSID):
         """``max(18 K / N, 1)``."""
         return max(18 * budget / count, 1.0)
 
+    def released_in_groups(self, k: int) -> bool:
+        """More than 150 are sorted."""
+        return k <= 150
+
 
 def information_score(features: Array) -> float:
     """How varied the tokens ``features (N, D)`` of one image are: 1 - rho, with rho their mean cosine over pairs."""
@@ -169,7 +181,7 @@ def mean_cosine(unit: Array, rho_mode: str) -> float:
     xp = array_namespace(unit)
     count = unit.shape[0]
     total = xp.sum(unit, axis=0)
-    every, own = float(xp.sum(total * total)), float(xp.sum(unit * unit))
+    every, own = float(xp.sum(total * total)), float(xp.sum(xp.linalg.vecdot(unit, unit)))
     if rho_mode == "qwen":
         return (every + own) / float(2 * count**2)
     return (every - own) / float(max(count * (count - 1), 1))
@@ -178,18 +190,19 @@ def mean_cosine(unit: Array, rho_mode: str) -> float:
 def projections(features: Array, groups: int, centre: str) -> Array:
     """``(N, groups) float64``: length of each token of ``features (N, D)`` on each of the first principal components.
 
-    That is |V| of the singular value decomposition of the centred sigmoid of the features, from the exact
+    That is |V| of the singular value decomposition of the centred sigmoid of the features, from the leading
     eigenvectors of their N x N Gram matrix, or of the D x D one where that is smaller. Components that hold nothing but
     rounding noise are zero.
     """
     xp = array_namespace(features)
     # sigmoid(x) = 1/2 + tanh(x/2) / 2: centring takes away the shift and eigenvectors do not see the scale.
-    squashed = xp.tanh(xp.astype(features, xp.float64) / 2)
-    squashed = squashed - xp.mean(squashed, axis=1 if centre == "feature" else 0, keepdims=True)
     count, width = features.shape
+    squashed = xp.empty((count, width), dtype=xp.float64, device=array_api_compat.device(features))
+    for block in blocks(count, width):
+        squashed[block, :] = xp.tanh(xp.astype(features[block, :], xp.float64) / 2)
+    squashed -= xp.mean(squashed, axis=1 if centre == "feature" else 0, keepdims=True)
     narrow = width < count
-    energy, vectors = xp.linalg.eigh(gram(xp.matrix_transpose(squashed) if narrow else squashed))
-    energy, vectors = xp.flip(energy)[:groups], xp.flip(vectors, axis=1)[:, :groups]
+    energy, vectors = leading_eigenvectors(gram(xp.matrix_transpose(squashed) if narrow else squashed), groups)
     noise = count * _EPSILON * energy[0]
     real = energy > noise
     if narrow:

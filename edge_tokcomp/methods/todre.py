@@ -9,7 +9,7 @@ import numpy as np
 
 from ..tokens import Array
 from .base import Candidates, Method, Picks
-from .kernels import settle, to_numpy, unit_rows
+from .kernels import like, settle, to_numpy, unit_rows
 from .selection import Cosines, farthest
 
 
@@ -20,9 +20,11 @@ class ToDRE(Method):
     * ``max_sum`` (v2): whose summed cosine to those chosen is smallest;
     * ``k_center`` (v1): whose largest cosine to those chosen is smallest (farthest first).
 
-    The pivot is the token with most CLS attention (mean of heads), looked for in the first crop only: the overview,
-    where there are several. A tower without CLS attention gives the token nearest the first crop's mean direction
-    instead; the paper draws one at random there and finds 0.4 points between the best and worst rule of four.
+    The pivot is the token with most CLS attention (mean of heads), looked for in the overview only where there is one,
+    else everywhere. In a video that is the paper's rule too: the best of each frame, then the frame whose best is
+    largest, each frame's weights being a softmax of their own. A tower without CLS attention gives the token nearest
+    the mean direction of the same tokens instead: the paper draws one at random there, and finds 0.4 points between
+    the best and worst rule of four.
     ``stats`` says which it was (``pivot_by_attention``).
     ``O(N k d)`` at most; a smaller budget's choice is the beginning of a larger one's.
     """
@@ -48,9 +50,10 @@ class ToDRE(Method):
 
     def _pivot(self, rows: Candidates, unit: Array) -> int:
         xp = rows.xp
+        searched = rows.crop == 0 if rows.overview else np.ones(len(rows), np.bool_)
         if rows.cls_attention is not None:
             merit = to_numpy(xp.sum(rows.cls_attention, axis=0, dtype=xp.float64))
         else:
-            first = xp.sum(unit[: int(np.sum(rows.crop == rows.crop[0])), :], axis=0)
-            merit = to_numpy(settle(unit @ first))
-        return int(np.argmax(np.where(rows.crop == rows.crop.min(), merit, -np.inf)))
+            inside = xp.take(unit, like(np.flatnonzero(searched), unit), axis=0)
+            merit = to_numpy(settle(unit @ xp.mean(inside, axis=0)))
+        return int(np.argmax(np.where(searched, merit, -np.inf)))

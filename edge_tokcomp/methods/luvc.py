@@ -1,0 +1,80 @@
+"""LUVC's vision half (arXiv 2512.09010): patches merge with their neighbours inside the tower, row by row, then column
+by column, until as few are left as asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ..errors import UsageError
+from ..variant import Merge, TowerVariant, most_pairs
+from .base import TowerMethod
+from .resolution import nearly_square
+
+
+@dataclass(frozen=True)
+class LUVC(TowerMethod):
+    """The Orthogonal Iterative Merger between the tower's blocks; what a merge is stands in ``oim.py``.
+
+    From the paper (abstract): merging inside the tower, iterative, orthogonal in the spatial axes. Ours, since its full
+    text was not to be had: the grid shrinks to one of at most K cells, its sides equal or one apart, by the same factor
+    in every pass, in as few passes as greedy pairing allows or ``passes``; passes follow blocks spread evenly from
+    ``first`` to ``last``, as fractions of the depth. ``sharing``: whether every line merges its own pairs.
+    ``proportional``: later blocks attend to a merged patch as to all it stands for (ToMe).
+    Its language half is the layer step ``spectrum``.
+    """
+
+    first: float = 0.0
+    last: float = 1.0
+    passes: int | None = None
+    sharing: Literal["per-line", "shared"] = "per-line"
+    proportional: bool = True
+
+    name: ClassVar[str] = "luvc"
+    title: ClassVar[str] = "LUVC-style merging in the tower (OIM)"
+    source: ClassVar[str] = "arXiv 2512.09010, abstract; the schedule is a reconstruction"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.first <= self.last <= 1:
+            raise UsageError(f"luvc: first {self.first} and last {self.last} must ascend between 0 and 1")
+        if self.passes is not None and self.passes < 1:
+            raise UsageError(f"luvc: passes must be 1 or more, got {self.passes}")
+
+    def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
+        """The merges that lead from ``grid`` to the grid wanted; raises ``UsageError`` for a tower of one block."""
+        if blocks < 2:
+            raise UsageError(f"luvc merges between blocks, and this tower has {blocks}; choose another method")
+        target = nearly_square(wanted, grid)
+        least = max(fewest_passes(a, b) for a, b in zip(grid, target, strict=True))
+        passes = max(least, self.passes or 1)
+        rows, columns = (-np.diff(steps(grid[axis], target[axis], passes)) for axis in (1, 0))
+        places = np.linspace(self.first * (blocks - 2), self.last * (blocks - 2), passes)
+        merges = tuple(
+            Merge(int(place + 0.5), int(across), int(down))
+            for place, across, down in zip(places, rows, columns, strict=True)
+            if across + down
+        )
+        return TowerVariant(merges=merges, sharing=self.sharing, proportional=self.proportional)
+
+
+def fewest_passes(length: int, target: int) -> int:
+    """Passes of greedy pairing that a line of ``length`` cells needs at least to shrink to ``target``."""
+    count = 0
+    while length > target:
+        length, count = max(target, length - most_pairs(length)), count + 1
+    return count
+
+
+def steps(length: int, target: int, passes: int) -> list[int]:
+    """``passes + 1`` lengths from ``length`` to ``target``, each about the same share of the one before it, and never
+    fewer than one pass of greedy pairing leaves of it."""
+    found = [length]
+    for left in range(passes, 0, -1):
+        now = found[-1]
+        even = math.floor(now * (target / now) ** (1 / left) + 0.5)
+        found.append(max(target, min(now, even), now - most_pairs(now)))
+    return found

@@ -1,0 +1,134 @@
+"""Methods that act in the tower or before it: lower resolution, and LUVC's merger."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_tokcomp.errors import TokcompError, UsageError
+from edge_tokcomp.methods import get_method
+from edge_tokcomp.methods.resolution import nearly_square
+from edge_tokcomp.models import DEMO_LM
+from edge_tokcomp.tokens import Layout
+from edge_tokcomp.variant import PLAIN, Merge, TowerVariant, most_pairs
+from edge_tokcomp.vlm import load
+from made_up_images import image
+
+SAMPLE = DEMO_LM.parent / "samples" / "scene-3.jpg"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with load(method="mosaic", keep=64, threads=1) as model:
+        yield model
+
+
+@given(st.integers(1, 700), st.integers(1, 30), st.integers(1, 30))
+def test_a_nearly_square_grid_is_the_largest_within_the_budget_and_the_towers_own(wanted, height, width):
+    rows, columns = nearly_square(wanted, (height, width))
+    assert 1 <= rows <= height
+    assert 1 <= columns <= width
+    assert rows * columns <= wanted
+    inside = [r * c for r in range(1, height + 1) for c in (r, r + 1) if r * c <= wanted and c <= width]
+    assert rows * columns >= max(inside, default=1)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 30), st.floats(0.001, 0.999), st.data())
+def test_luvc_merges_down_to_the_grid_within_the_budget(height, width, blocks, share, data):
+    wanted = max(1, int(share * height * width))
+    passes = data.draw(st.none() | st.integers(1, 12))
+    first = data.draw(st.floats(0, 1))
+    method = get_method("luvc", passes=passes, first=first, last=data.draw(st.floats(first, 1)))
+    variant = method.variant(wanted, (height, width), blocks)
+    assert variant.final_grid((height, width), blocks) == nearly_square(wanted, (height, width))
+    grid = (height, width)
+    for merge in variant.merges:
+        assert merge.rows <= most_pairs(grid[1])
+        assert merge.columns <= most_pairs(grid[0])
+        assert first * (blocks - 2) - 0.5 <= merge.block <= blocks - 2
+        grid = merge.shrink(grid)
+
+
+def test_luvc_takes_as_few_passes_as_pairing_allows_by_even_factors():
+    assert get_method("luvc").variant(64, (24, 24), 8).merges == (Merge(0, 7, 7), Merge(3, 5, 5), Merge(6, 4, 4))
+    assert get_method("luvc", last=0.0).variant(256, (24, 24), 8).merges == (Merge(0, 8, 8),)
+    assert len(get_method("luvc", passes=4, first=0.5).variant(256, (24, 24), 8).merges) == 4
+    shared = get_method("luvc", sharing="shared", proportional=False).variant(64, (24, 24), 8)
+    assert (shared.sharing, shared.proportional) == ("shared", False)
+
+
+@pytest.mark.parametrize("text", ["luvc:first=0.6,last=0.5", "luvc:first=-0.1", "luvc:passes=0"])
+def test_schedules_that_cannot_be_are_refused(text):
+    with pytest.raises(UsageError, match="luvc"):
+        get_method(text)
+    with pytest.raises(UsageError, match="has 1"):
+        get_method("luvc").variant(9, (6, 6), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "left"), [("resolution", 32, 30), ("resolution", 0.25, 144), ("luvc", 64, 64)]
+)
+def test_what_the_tower_gives_is_what_is_kept_and_counts_are_of_the_whole_picture(vlm, name, keep, left):
+    encoded = vlm.compress(vlm.see(SAMPLE), get_method(name), keep)
+    grid = nearly_square(left, (24, 24))
+    assert encoded.plan.before == 576
+    assert len(encoded.plan) == len(encoded.rows) == left
+    assert encoded.tokens.layout.grids == (grid,)
+    assert encoded.tokens.embeddings.shape == (left + 1, encoded.rows.shape[1])
+    np.testing.assert_array_equal(encoded.rows, encoded.tokens.embeddings[1:])
+    assert vlm.answer(encoded, max_tokens=4).tokens_after == left
+
+
+def test_rows_are_those_of_the_tower_run_that_way(vlm):
+    seen, spec = vlm.see(SAMPLE), vlm.encoder.spec
+    small = vlm.encoder.family.preprocess(seen.image.picture, spec, (8, 8))
+    found = vlm.compress(seen, get_method("resolution"), 64).tokens
+    np.testing.assert_array_equal(found.features, vlm.encoder.tower.encode(small.crops).features[0])
+    merged = vlm.compress(seen, get_method("luvc"), 64)
+    assert merged.variant == get_method("luvc").variant(64, spec.grid, spec.blocks)
+    assert np.bincount(merged.owner[0], minlength=64).sum() == 576
+    assert seen.owner is None
+
+
+def test_keeping_everything_runs_the_tower_plainly(vlm):
+    seen = vlm.see(SAMPLE)
+    for keep in (576, 600, 1.0):
+        encoded = vlm.compress(seen, get_method("luvc"), keep)
+        assert encoded.variant == PLAIN
+        assert encoded.tokens is seen.tokens
+
+
+def test_going_back_to_another_method_runs_the_tower_again(vlm):
+    merged = vlm.compress(vlm.see(SAMPLE), get_method("luvc"), 64)
+    again = vlm.compress(merged, get_method("mosaic"), 64)
+    assert again.variant == PLAIN
+    np.testing.assert_array_equal(again.rows, vlm.encode(SAMPLE).rows)
+
+
+def test_a_model_loaded_for_a_method_in_the_tower_opens_no_other_tower():
+    with load(method="luvc", keep=100, threads=1) as model:
+        encoded = model.encode(SAMPLE)
+        assert list(model.encoder._towers) == [encoded.variant]
+        assert str(encoded.plan) == "576 → 100 (17.4 %)"
+        assert model.caption(encoded).startswith("At the ")
+    with load(method="resolution", keep=100, threads=1) as model:
+        assert model.encode(SAMPLE).variant == TowerVariant(grid=(10, 10))
+        assert list(model.encoder._towers) == [PLAIN]
+
+
+def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
+    with pytest.raises(TokcompError, match="method luvc acts in the tower or before it, and these 64 rows"):
+        get_method("luvc").compress(image(Layout.of_grids((8, 8))), 9)
+    with pytest.raises(UsageError, match="method resolution acts before; choose another"):
+        load(method="resolution", keep=64, dynamic="running")
+
+
+def test_keys_of_the_tower_reach_the_methods(vlm):
+    seen = vlm.see(SAMPLE)
+    keys = vlm.encoder.tower.encode(
+        vlm.encoder.family.preprocess(seen.image.picture, vlm.encoder.spec).crops, want={"keys"}
+    ).keys
+    np.testing.assert_array_equal(seen.tokens.keys, keys[0])
