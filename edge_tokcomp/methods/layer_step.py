@@ -89,17 +89,22 @@ class LayerStep(ABC):
                 yield name, getattr(self, name)
 
     def layers(self, depth: int) -> dict[int, float]:
-        """Layer to amount in a model of ``depth`` layers; raises ``UsageError`` for layers it does not have."""
+        """Layer to amount in a model of ``depth`` layers; raises ``UsageError`` for layers it does not have.
+
+        Of fractions that come to the same layer in a shallow model the last one counts.
+        """
         found: dict[int, float] = {}
+        fractions: set[int] = set()
         for layer, amount in self.at:
             number = math.floor(layer * depth) if isinstance(layer, float) else layer
             if number >= depth:
                 raise UsageError(f"{self.name}: layer {layer} of a model of {depth} layers (0 to {depth - 1})")
-            if number in found:
+            if number in found and not (isinstance(layer, float) and number in fractions):
                 raise UsageError(f"{self.name}: layer {number} is named twice")
             if found and number < max(found):
                 raise UsageError(f"{self.name}: layers must ascend, {number} stands after {max(found)}")
             found[number] = amount
+            fractions |= {number} if isinstance(layer, float) else set()
         return found
 
     def survivors(self, state: LayerState, amount: float) -> Ints:

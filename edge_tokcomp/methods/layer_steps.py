@@ -124,15 +124,22 @@ class Spectrum(LayerStep):
 
     The amount is the share of the rows that entered; 0 drops the image. From the paper (abstract): a low-pass filter,
     neither attention nor similarity, a cascade over layers that ends with no image rows. Ours, since the full text was
-    not to be had: the filter acts along the rows of a crop, keeps the share ``cutoff`` of the frequencies (at least
-    two: the constant alone makes all rows equal), on rows ``mirrored`` at the ends (a periodic filter spills the first
-    row's energy into the last) and ``scaled`` to the same length (a few rows of huge norm would hold all the energy).
+    not to be had: the filter acts along the rows of a crop and keeps the share ``cutoff`` of the frequencies (at least
+    two: the constant alone makes all rows equal), on rows
+
+    * ``mirrored`` at the ends: a periodic filter spills the first row's energy into the last;
+    * ``scaled`` to the same length: a few rows of huge norm would hold all the energy;
+    * ``centred``, their mean taken away: what all rows share is most of the energy, and those that hold most of it
+      are those that show nothing of their own, the background.
+
+    Chosen on tuning scenes of the demo tasks (benchmarks/layer_steps.py, docs/layer-steps.md).
     """
 
-    at: tuple[tuple[int | float, float], ...] = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.0))
+    at: tuple[tuple[int | float, float], ...] = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.1), (0.97, 0.0))
     cutoff: float = 0.25
     mirrored: bool = True
     scaled: bool = True
+    centred: bool = True
 
     name: ClassVar[str] = "spectrum"
     title: ClassVar[str] = "LUVC-style spectrum pruning"
@@ -158,6 +165,8 @@ class Spectrum(LayerStep):
         if self.scaled:
             size = np.sqrt(np.mean(rows * rows, axis=1, keepdims=True))
             rows = rows / np.where(size > 0, size, 1)
+        if self.centred:
+            rows = rows - rows.mean(axis=0)
         count = len(rows)
         if self.mirrored:
             rows = np.concatenate([rows, rows[::-1]])
