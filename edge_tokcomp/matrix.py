@@ -34,8 +34,8 @@ def run_matrix(
 
     Returns the settings and ``arms``, ``none`` first: ``method, keep, tokens, tasks`` (as ``evaluate`` has them) and
     ``mean`` of the tasks' scores, ``difference`` of that to ``none`` and ``retention`` (share of ``none``'s mean), each
-    with its 95 % bootstrap interval (``_low``, ``_high``): scenes drawn anew, the same ones for all arms. ``baseline``:
-    the best of the baselines at that budget, and the interval of the difference to it.
+    with its 95 % bootstrap interval (``_low``, ``_high``): scenes drawn anew, the same ones for all arms. ``best`` and
+    ``baseline``: the best of all arms and of the baselines at that budget, and the interval of the difference to it.
     """
     started = time.perf_counter()
     arms = [Arm(get_method("none"), 1.0), *(Arm(get_method(name), keep) for name in methods for keep in keeps)]
@@ -51,14 +51,15 @@ def run_matrix(
             low, high = np.percentile(values[1:], [2.5, 97.5])
             row |= {name: _rounded(values[0]), f"{name}_low": _rounded(low), f"{name}_high": _rounded(high)}
         rivals = {
-            other.method.name: values
+            str(other.method): values
             for other, values in zip(arms, means, strict=True)
-            if other.keep == arm.keep and other.method.name in BASELINES
+            if other.keep == arm.keep and other.method.compresses
         }
-        if rivals and arm.method.compresses:
-            best = max(rivals, key=lambda name: float(rivals[name][0]))
-            low, high = np.percentile((mean - rivals[best])[1:], [2.5, 97.5])
-            row["baseline"] = {"method": best, "low": _rounded(low), "high": _rounded(high)}
+        for name, among in (("best", rivals), ("baseline", {k: v for k, v in rivals.items() if k in BASELINES})):
+            if among and arm.method.compresses:
+                best = max(among, key=lambda name: float(among[name][0]))
+                low, high = np.percentile((mean - among[best])[1:], [2.5, 97.5])
+                row[name] = {"method": best, "low": _rounded(low), "high": _rounded(high)}
         rows.append(row)
     return {
         "model": vlm.lm.name, "precision": vlm.encoder.precision, "scenes": scenes, "seed": seed,
@@ -100,7 +101,8 @@ def table(document: dict[str, Any]) -> str:
 
 
 def verdicts(document: dict[str, Any]) -> str:
-    """A line a budget: the best of the baselines, and the methods above and below it beyond a 95 % paired interval."""
+    """A line a budget: the best of all and those not told apart from it, the best of the baselines and the methods above
+    and below that, by the 95 % paired intervals."""
     lines = []
     for keep in sorted({row["keep"] for row in document["arms"] if "baseline" in row}, reverse=True):
         rows = {row["method"]: row for row in document["arms"] if row["keep"] == keep and "baseline" in row}
@@ -111,7 +113,13 @@ def verdicts(document: dict[str, Any]) -> str:
             "Below it": [name for name, row in others.items() if row["high"] < 0],
         }
         said = [f"{word}: {', '.join(f'`{name}`' for name in names) or 'none'}." for word, names in groups.items()]
-        lines.append(f"- **{keep}** tokens: best baseline `{best}` {100 * rows[best]['mean']:.1f}. {' '.join(said)}")
+        first = next(iter(rows.values()))["best"]["method"]
+        equal = [name for name, row in rows.items() if name != first and row["best"]["high"] >= 0]
+        lines.append(
+            f"- **{keep}** tokens: best `{first}` {100 * rows[first]['mean']:.1f}, not told apart from it: "
+            f"{', '.join(f'`{name}`' for name in equal) or 'none'}. Best baseline `{best}` "
+            f"{100 * rows[best]['mean']:.1f}. {' '.join(said)}"
+        )
     return "\n".join(lines)
 
 

@@ -22,18 +22,25 @@ def arm(method: str, keep: int | float, mean: float, low: float, high: float) ->
     row["tasks"] = {"digit": {"score": mean, "low": 0, "high": 1, "n": 9}}
     for name, value in (("mean", mean), ("difference", mean - 0.9), ("retention", mean / 0.9)):
         row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01}
-    return row if method == "none" else row | {"baseline": {"method": "uniform", "low": low, "high": high}}
+    if method == "none":
+        return row
+    best = {"method": "good", "low": mean - 0.9, "high": mean - 0.84}
+    return row | {"baseline": {"method": "uniform", "low": low, "high": high}, "best": best}
 
 
 def document() -> dict[str, Any]:
     rows = [arm("none", 1.0, 0.9, 0, 0), arm("uniform", 64, 0.8, 0, 0), arm("random", 64, 0.7, -0.12, -0.08)]
     rows += [arm("good", 64, 0.85, 0.02, 0.08), arm("same", 64, 0.8, -0.02, 0.02), arm("bad", 64, 0.6, -0.3, -0.1)]
+    rows.append(arm("near", 64, 0.845, 0.01, 0.08))
     return {"model": "m", "precision": "fp32", "scenes": 9, "seed": 0, "seconds": 1.0, "version": "0", "arms": rows}
 
 
 def test_verdicts_name_what_lies_beyond_the_best_baselines_interval() -> None:
     said = matrix.verdicts(document())
-    assert said == "- **64** tokens: best baseline `uniform` 80.0. Above it: `good`. Below it: `bad`."
+    assert said == (
+        "- **64** tokens: best `good` 85.0, not told apart from it: `near`. Best baseline `uniform` 80.0. "
+        "Above it: `good`, `near`. Below it: `bad`."
+    )
 
 
 def test_the_table_has_a_row_an_arm_in_per_cent() -> None:
@@ -41,7 +48,7 @@ def test_the_table_has_a_row_an_arm_in_per_cent() -> None:
     assert lines[0] == "| method | tokens | digit | mean | retention | against `none` |"
     assert lines[2] == "| `none` | 576 | 90.0 | 90.0 |  |  |"
     assert lines[5] == "| `good` | 64 | 85.0 | 85.0 | 94.4 | -5.0 [-6.0, -4.0] |"
-    assert len(lines) == 2 + 6
+    assert len(lines) == 2 + 7
 
 
 def test_the_report_is_a_page_a_figure_and_the_numbers(tmp_path: Path) -> None:
@@ -74,6 +81,12 @@ def test_every_arm_of_a_run_equals_that_arm_scored_alone() -> None:
             for task, values in alone.items():
                 if not np.isnan(values).all():
                     assert row["tasks"][task]["score"] == pytest.approx(np.nanmean(values), abs=1e-4)
+    for row in found["arms"][1:]:
+        other = next(r for r in found["arms"] if r["method"] == row["best"]["method"])
+        assert other["mean"] == max(r["mean"] for r in found["arms"][1:])
+        assert row["best"]["low"] <= row["mean"] - other["mean"] + 1e-4
+        assert row["best"]["high"] >= row["mean"] - other["mean"] - 1e-4
+        assert row["baseline"]["method"] == "uniform"
     with load(threads=1, method="uniform", keep=64) as vlm:
         tasks = evaluate(vlm, scenes=4, seed=3)["tasks"]
     assert {task: found["arms"][1]["tasks"][task] for task in tasks} == {
