@@ -52,11 +52,11 @@ class CDPruner(Method):
         unit = unit_rows(rows.embeddings, centred=self.centred)
         worth = xp.ones_like(unit[:, 0])
         if self.relevance != "off":
-            worth = self._relevance(unit_rows(rows.embeddings), rows.query)
+            worth = self._relevance(unit_rows(rows.embeddings) if self.centred else unit, rows.query)
         if self.distinctive:
             worth = worth * distinctiveness(unit)
         cosines = Cosines(unit, k)
-        own = xp.sum(unit * unit, axis=1)
+        own = xp.linalg.vecdot(unit, unit)
 
         def kernel(chosen: Array) -> Array:
             return worth * cosines.to(chosen) * xp.take(worth, chosen)

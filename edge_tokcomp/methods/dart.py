@@ -73,5 +73,5 @@ def take_turns(alike: NDArray[np.float64], pivots: Ints, k: int) -> Ints:
 def lengths(rows: Array) -> NDArray[np.float64]:
     """``(N,)``: L1 norm of each of ``rows (N, D)``, as a share of the largest."""
     xp = array_namespace(rows)
-    norm = to_numpy(xp.sum(xp.abs(xp.astype(rows, xp.float64)), axis=1))
+    norm = to_numpy(xp.sum(xp.abs(rows), axis=1, dtype=xp.float64))
     return np.asarray(settle(norm / max(norm.max(), np.finfo(np.float64).tiny)))

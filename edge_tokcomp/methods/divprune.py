@@ -39,7 +39,7 @@ class DivPrune(Method):
     def choose(self, rows: Candidates, k: int) -> Picks:
         """``k`` rows, farthest first."""
         unit = unit_rows(rows.embeddings, centred=self.centred)
-        cosines = Cosines(unit, k)
+        cosines = Cosines(unit, len(rows))  # the first token alone takes every pair
         weight = distinctiveness(unit) if self.distinctive else rows.xp.ones_like(unit[:, 0])
         first = int(np.argmax(to_numpy(settle(weight * (1 - cosines.nearest())))))
         return Picks(farthest(cosines, k, first, "max_min", lambda distance: weight * distance))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import array_api_compat
 from array_api_compat import array_namespace
 
 from ..errors import UsageError
 from ..tokens import Array
 from .base import Candidates, Method, Picks
-from .kernels import gram, unit_rows
+from .kernels import blocks, gram, unit_rows
 from .selection import coverage
 
 
@@ -47,15 +48,21 @@ class MMTok(Method):
     def choose(self, rows: Candidates, k: int) -> Picks:
         """``k`` rows in greedy order."""
         xp = rows.xp
-        count = len(rows)
-        tables = []
-        if rows.query is not None:
-            likeness = unit_rows(rows.query) @ xp.matrix_transpose(unit_rows(rows.embeddings, centred=self.centred))
-            tables.append(softmax_rows(likeness / self.text_temperature) / rows.query.shape[0])
-        if self.alpha or not tables:
-            likeness = gram(unit_rows(rows.features, centred=self.centred))
-            tables.append((self.alpha or 1.0) * softmax_rows(likeness / self.image_temperature) / count)
-        return Picks(coverage(xp.concat(tables), k))
+        asked, seen = 0 if rows.query is None else rows.query.shape[0], len(rows)
+        weight = self.alpha if asked else 1.0
+        shape = (asked + (seen if weight else 0), seen)
+        table = xp.empty(shape, dtype=xp.float64, device=array_api_compat.device(rows.features))
+        unit = unit_rows(rows.features, centred=self.centred)
+        if asked:
+            wide = unit if rows.project is None else unit_rows(rows.embeddings, centred=self.centred)
+            likeness = unit_rows(rows.query) @ xp.matrix_transpose(wide)
+            table[:asked, :] = softmax_rows(likeness / self.text_temperature) / asked
+        if weight:
+            likeness = gram(unit)
+            for block in blocks(seen, seen):
+                into = slice(asked + block.start, asked + block.stop)
+                table[into, :] = softmax_rows(likeness[block, :] / self.image_temperature) * (weight / seen)
+        return Picks(coverage(table, k))
 
 
 def softmax_rows(logits: Array) -> Array:

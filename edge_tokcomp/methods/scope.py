@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ..errors import UsageError
 from .base import Candidates, Method, Picks
-from .kernels import gram, unit_rows
+from .kernels import blocks, gram, unit_rows
 from .selection import coverage
 
 
@@ -42,9 +42,12 @@ class SCOPE(Method):
         """``k`` rows in greedy order."""
         xp = rows.xp
         table = gram(unit_rows(rows.features, centred=self.centred))
+        none = xp.zeros_like(table[:1, :1])
+        for block in blocks(len(rows), len(rows)):
+            table[block, :] = xp.maximum(table[block, :], none)
         worth = None
         if rows.cls_attention is not None:
             saliency = xp.sum(rows.cls_attention, axis=0, dtype=xp.float64)
             peak = xp.max(saliency)
             worth = (saliency / xp.where(peak > 0, peak, xp.ones_like(peak))) ** self.alpha
-        return Picks(coverage(xp.where(table > 0, table, xp.zeros_like(table)), k, worth))
+        return Picks(coverage(table, k, worth))

@@ -19,11 +19,10 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ..tokens import Array, Ints
-from .kernels import gram, settle, to_numpy
+from .kernels import blocks, gram, settle, to_numpy
 
 _GRAM_ROWS = 4096
-_STEPS_PER_ROW = 16
-_BLOCK_ROWS = 512
+_ROWS_PER_STEP = 8
 _SPENT = 2.0**-30
 """Volume, of at most 1, below which a row counts as a combination of those taken."""
 
@@ -55,14 +54,14 @@ def greedy(gain: Array, update: Callable[[Array], Array], k: int, first: int | N
 class Cosines:
     """Cosines of ``unit (N, D)``, rows of length 1, to one of them at a time, for about ``steps`` of them.
 
-    Many steps on few rows are cheaper from one Gram matrix (N x N), which reads the rows once; otherwise each step is
-    one product with the rows and memory stays O(N).
+    Many steps on few rows are cheaper from one Gram matrix (N x N), which reads the rows once (measured for one thread
+    of NumPy: from 4 to 10 rows a step); otherwise each step is one product with the rows and memory stays O(N).
     """
 
     def __init__(self, unit: Array, steps: int) -> None:
         self.unit = unit
         count = unit.shape[0]
-        self.table = gram(unit) if count <= min(_GRAM_ROWS, _STEPS_PER_ROW * steps) else None
+        self.table = gram(unit) if count <= min(_GRAM_ROWS, _ROWS_PER_STEP * steps) else None
 
     def to(self, chosen: Array) -> Array:
         """``(N,)`` cosines of every row to the ``chosen (1,)``."""
@@ -74,15 +73,14 @@ class Cosines:
     def nearest(self) -> Array:
         """``(N,)``: each row's largest cosine to another row; -1 for a single row."""
         xp = array_namespace(self.unit)
-        count = self.unit.shape[0]
-        columns = xp.arange(count, device=array_api_compat.device(self.unit))
+        count, device = self.unit.shape[0], array_api_compat.device(self.unit)
         best = []
-        for start in range(0, count, _BLOCK_ROWS):
-            block = slice(start, min(start + _BLOCK_ROWS, count))
-            rows = self.unit[block, :]
-            cosine = rows @ xp.matrix_transpose(self.unit) if self.table is None else self.table[block, :]
-            own = columns[block][:, None] == columns[None, :]
-            best.append(xp.max(xp.where(own, -xp.ones_like(cosine), cosine), axis=1))
+        for block in blocks(count, count):
+            cosine = (
+                self.unit[block, :] @ xp.matrix_transpose(self.unit) if self.table is None else self.table[block, :]
+            )
+            own = xp.eye(cosine.shape[0], count, k=block.start, dtype=cosine.dtype, device=device)
+            best.append(xp.max(cosine - 2 * own, axis=1))
         return xp.concat(best)
 
 
@@ -115,7 +113,7 @@ def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
     largest entry among them; a column's gain is multiplied by its ``worth (N,)``.
 
     Gains are kept up to date by what the chosen column takes from the others, on the rows it covers better than
-    before: a row is improved O(log K) times, so all K steps cost about as much as N log K rows of the table.
+    before: a row is improved O(log K) times, so all K steps cost about as much as R log K rows of the table.
     """
     xp = array_namespace(table)
     covered = xp.zeros_like(table[:, 0])
@@ -129,9 +127,10 @@ def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
         nonlocal gain, covered
         column = xp.take(table, chosen, axis=1)[:, 0]
         better = xp.nonzero(column > covered)[0]
-        before, after = xp.take(covered, better)[:, None], xp.take(column, better)[:, None]
-        lost = xp.clip(xp.take(table, better, axis=0), before, after) - before
-        gain = gain - xp.sum(lost, axis=0) / scale
+        for block in blocks(better.shape[0], table.shape[1]):
+            before, after = xp.take(covered, better[block])[:, None], xp.take(column, better[block])[:, None]
+            lost = xp.minimum(xp.maximum(xp.take(table, better[block], axis=0), before), after) - before
+            gain = gain - xp.sum(lost, axis=0) / scale
         covered = xp.maximum(covered, column)
         return gain * worth
 
@@ -147,18 +146,17 @@ def log_det(row: Callable[[Array], Array], diagonal: Array, k: int) -> Ints:
     xp: Any = array_namespace(diagonal)
     volume = xp.asarray(diagonal, copy=True)
     basis = xp.zeros((k, diagonal.shape[0]), dtype=diagonal.dtype, device=array_api_compat.device(diagonal))
+    least, none = xp.full_like(diagonal[:1], _SPENT), xp.zeros_like(diagonal[:1])
     size = 0
 
     def update(chosen: Array) -> Array:
         nonlocal volume, size
-        left = xp.take(volume, chosen)
-        known = basis[:size, :]
+        left, known = xp.take(volume, chosen), basis[:size, :]
         fresh = row(chosen) - xp.matrix_transpose(known) @ xp.take(known, chosen, axis=1)[:, 0]
-        usable = left > _SPENT
-        fresh = xp.where(usable, fresh / xp.sqrt(xp.where(usable, left, xp.ones_like(left))), xp.zeros_like(fresh))
+        fresh = fresh * xp.where(left > least, 1 / xp.sqrt(xp.maximum(left, least)), none)
         basis[size, :] = fresh
         size += 1
         volume = volume - fresh * fresh
-        return xp.where(volume > _SPENT, volume, xp.zeros_like(volume))
+        return xp.where(volume > least, volume, none)
 
-    return greedy(xp.where(volume > _SPENT, volume, xp.zeros_like(volume)), update, k)
+    return greedy(xp.where(volume > least, volume, none), update, k)

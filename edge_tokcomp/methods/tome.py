@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Candidates, Merges, Method
-from .kernels import settle, to_numpy, unit_rows
+from .kernels import settle, to_numpy, top_k, unit_rows
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class ToMe(Method):
 
     def choose(self, rows: Candidates, k: int) -> Merges:
         """A merged token stands at the place of the one its last partner was added to."""
-        metric = to_numpy(rows.features if rows.keys is None else rows.keys).astype(np.float64)
+        total = to_numpy(rows.features if rows.keys is None else rows.keys).astype(np.float64)
         owner, place = np.arange(len(rows)), np.arange(len(rows))
         size: NDArray[np.float64] = np.ones(len(rows))
         while len(place) > k:
-            unit = to_numpy(unit_rows(metric, centred=self.centred))
-            source, target = np.arange(0, len(place), 2), np.arange(1, len(place), 2)
-            cosine = settle(unit[source] @ unit[target].T)
-            best = np.argmax(cosine, axis=1)
-            merged = np.argsort(-np.max(cosine, axis=1), kind="stable")[: len(place) - k]
+            # without centring only directions count, and a sum has its mean's
+            unit = to_numpy(unit_rows(total / size[:, None] if self.centred else total, centred=self.centred))
+            cosine = settle(unit[0::2] @ unit[1::2].T)
+            merged = top_k(np.max(cosine, axis=1), len(place) - k)
+            merged = merged[np.argsort(np.argmax(cosine[merged], axis=1), kind="stable")]
+            source, target = 2 * merged, 2 * np.argmax(cosine[merged], axis=1) + 1
+            joined, starts = np.unique(target, return_index=True)
+            total[joined] += np.add.reduceat(total[source], starts)
+            size[joined] += np.add.reduceat(size[source], starts)
             into = np.arange(len(place))
-            into[source[merged]] = target[best[merged]]
-            mass, total = np.zeros_like(size), np.zeros_like(metric)
-            np.add.at(mass, into, size)
-            np.add.at(total, into, metric * size[:, None])
-            stay = np.unique(into)
-            metric, size = total[stay] / mass[stay, None], mass[stay]
+            into[source] = target
+            stay = np.delete(np.arange(len(place)), source)
+            total, size, place = total[stay], size[stay], place[stay]
             owner = np.searchsorted(stay, into)[owner]
-            place = place[stay]
         weight = 1 / size[owner]
         return Merges(place, owner, weight.astype(np.float32))
