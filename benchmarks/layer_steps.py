@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_tokcomp.evaluation import PLACED, summarise
+from edge_tokcomp.evaluation import PLACED, TUNING_SEEDS, summarise
 from edge_tokcomp.export.demo.questions import TASKS, ask_all, object_f1
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.language.prompt import chat_prompt
@@ -29,7 +29,6 @@ from edge_tokcomp.methods.layer_step import LayerState, LayerStep
 from edge_tokcomp.methods.layer_steps import read_layer_step
 from edge_tokcomp.vlm import VLM, load
 
-TUNING_SEED, ASK_SEED = 7000, 7001
 LONGEST_ANSWER = 96
 
 Floats = NDArray[np.float32]
@@ -155,9 +154,9 @@ def score(vlm: VLM, model: Language, arms: Sequence[Sequence[LayerStep]], scenes
     rows, asked = np.zeros(len(arms)), 0
     ends = {token for token in range(len(model.table)) if vlm.model.is_end(token)}
     for index in range(scenes):
-        scene = draw_scene((TUNING_SEED, 0, index), "validation")
+        scene = draw_scene((TUNING_SEEDS[0], 0, index), "validation")
         seen = vlm.encode(scene.image)
-        for question in ask_all(scene, np.random.default_rng((ASK_SEED, 0, index)), vary=False):
+        for question in ask_all(scene, np.random.default_rng((TUNING_SEEDS[1], 0, index)), vary=False):
             if question.task in PLACED:
                 continue
             encoded = vlm.encode(seen, question.text)

@@ -141,6 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--wrong-image", action="store_true", help="show the model another scene than it is asked about"
     )
+    evaluate.add_argument("--tuning", action="store_true", help="score on tuning scenes, by which parameters may be "
+                          "chosen, not on the test scenes")  # fmt: skip
     evaluate.add_argument("--json", action="store_true", help="one JSON object on stdout")
     evaluate.add_argument("--matrix", metavar="DIR", help="score many methods at many budgets instead; table, figure "
                           "and numbers go to DIR")  # fmt: skip

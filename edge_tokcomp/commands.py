@@ -275,7 +275,9 @@ def eval(options: argparse.Namespace) -> int:
     if options.methods or options.keeps:
         raise UsageError("--methods and --keeps belong to --matrix DIR; write --method and --keep for one run")
     with _load(options) as vlm:
-        result = evaluate(vlm, scenes=options.scenes, seed=options.seed, wrong_image=options.wrong_image)
+        result = evaluate(
+            vlm, scenes=options.scenes, seed=options.seed, wrong_image=options.wrong_image, tuning=options.tuning
+        )
     print(json.dumps(result) if options.json else report(result))  # noqa: T201
     return 0
 
@@ -296,11 +298,13 @@ def _eval_matrix(options: argparse.Namespace) -> int:
     for name in names:
         get_method(name)
     command = f"edge-tokcomp eval --scenes {options.scenes} --seed {options.seed} --matrix {options.matrix}"
+    command += " --tuning" * options.tuning
     for flag, values in (("--methods", options.methods), ("--keeps", options.keeps)):
         command += f" {flag} {' '.join(map(str, values))}" if values else ""
     with _load(options) as vlm, tqdm(total=options.scenes, unit="scene", file=sys.stderr) as bar:
         document = run_matrix(
-            vlm, names, keeps, scenes=options.scenes, seed=options.seed, told=lambda done: bar.update(done - bar.n)
+            vlm, names, keeps, scenes=options.scenes, seed=options.seed, tuning=options.tuning,
+            told=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     try:
         paths = write_report(document, command, Path(options.matrix))

@@ -18,10 +18,13 @@ from .methods import Method, get_method
 from .vlm import VLM
 
 EVAL_SEED, ASK_SEED = 9000, 9001
-"""First word of every test scene's seed, and of its questions'; training and tuning draw from others.
+"""First word of every test scene's seed, and of its questions'; training draws from others.
 
 Two streams: drawn from one, a scene's brightness and its first answer would be the same number.
 """
+
+TUNING_SEEDS = 7000, 7001
+"""The same for scenes by which a method's parameters may be chosen; their digits are of the validation split."""
 
 PLACED = ("place", "placed caption")
 """Scored beside the tasks, and in no mean: where a thing is, and caption F1 that counts a thing only at its place."""
@@ -47,19 +50,21 @@ Scores = dict[str, NDArray[np.float64]]
 """Task to ``(scenes,)``: the score on each scene, NaN where the task was not asked."""
 
 
-def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False) -> dict[str, Any]:
-    """Score the model's method and budget, and ``none`` beside it, on ``scenes`` fresh test scenes.
+def evaluate(
+    vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False, tuning: bool = False
+) -> dict[str, Any]:
+    """Score the model's method and budget, and ``none`` beside it, on ``scenes`` fresh test scenes, or ``tuning`` ones.
 
     A model that was loaded with ``dynamic`` shares its budget over them, as one batch.
     ``wrong_image`` encodes another scene than the questions are about: what is left is what the text alone gives.
-    Returns ``method, keep, dynamic, scenes, seed, tokens, seconds`` and ``tasks: {name: {score, low, high, n}}``, the
-    bounds a 95 % bootstrap interval, ``n`` the scenes asked (several questions on one count as their mean); for a
-    compressing method also ``none`` and ``difference`` with its paired interval.
+    Returns ``method, keep, dynamic, scenes, tuning, seed, tokens, seconds`` and, for each of ``tasks``, ``score``, the
+    bounds ``low`` and ``high`` of its 95 % bootstrap interval, and ``n``, the scenes asked (several questions on one
+    count as their mean); for a compressing method also ``none`` and ``difference`` with its paired interval.
     """
     started = time.perf_counter()
     dynamic = vlm.sharing is not None
     arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep, dynamic)] if vlm.method.compresses else [])
-    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image)
+    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image, tuning=tuning)
     plain, mine = scores[0], scores[-1]
     tasks: dict[str, dict[str, float]] = {}
     for task in mine:
@@ -70,14 +75,15 @@ def evaluate(vlm: VLM, *, scenes: int, seed: int = 0, wrong_image: bool = False)
         if len(arms) > 1:
             tasks[task] |= paired(mine[task], plain[task])
     return {
-        "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "seed": seed,
-        "wrong_image": wrong_image, "tokens": tokens[-1], "model": vlm.lm.name, "precision": vlm.encoder.precision,
-        "version": __version__, "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
+        "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "tuning": tuning,
+        "seed": seed, "wrong_image": wrong_image, "tokens": tokens[-1], "model": vlm.lm.name,
+        "precision": vlm.encoder.precision, "version": __version__,
+        "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip
 
 
 def score_arms(
-    vlm: VLM, arms: Sequence[Arm], *, scenes: int, seed: int, wrong_image: bool = False,
+    vlm: VLM, arms: Sequence[Arm], *, scenes: int, seed: int, wrong_image: bool = False, tuning: bool = False,
     told: Callable[[int], None] | None = None,
 ) -> tuple[list[Scores], list[float]]:  # fmt: skip
     """Score every arm on the same scenes, each encoded once; also the mean number of image tokens of each arm."""
@@ -88,9 +94,10 @@ def score_arms(
         draw_scene((EVAL_SEED, seed, 0), "test")
     except ImportError as fault:
         raise TokcompError(f"scoring needs scikit-learn ({fault}); pip install 'edge-tokcomp[eval]'") from fault
+    (draw, ask), split = (TUNING_SEEDS, "validation") if tuning else ((EVAL_SEED, ASK_SEED), "test")
 
     def drawn(index: int) -> Any:
-        return draw_scene((EVAL_SEED, seed, index), "test")
+        return draw_scene((draw, seed, index), split)
 
     other = scenes if wrong_image else 0
     keeps = _keeps(arms, (vlm.see(drawn(index + other).image) for index in range(scenes)))
@@ -98,7 +105,7 @@ def score_arms(
     tokens = np.zeros(len(arms))
     for index in range(scenes):
         scene = drawn(index)
-        questions = ask_all(scene, np.random.default_rng((ASK_SEED, seed, index)), vary=False)
+        questions = ask_all(scene, np.random.default_rng((ask, seed, index)), vary=False)
         seen = vlm.see((drawn(index + other) if wrong_image else scene).image)
         for number, arm in enumerate(arms):
             compressed = vlm.compress(seen, arm.method, keeps[number][index] if arm.dynamic else arm.keep)

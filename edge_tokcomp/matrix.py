@@ -27,7 +27,7 @@ DEFAULT_KEEPS = (288, 192, 128, 64, 32, 16)
 
 
 def run_matrix(
-    vlm: VLM, methods: Sequence[str], keeps: Sequence[int], *, scenes: int, seed: int = 0,
+    vlm: VLM, methods: Sequence[str], keeps: Sequence[int], *, scenes: int, seed: int = 0, tuning: bool = False,
     told: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score every method at every budget, and ``none``, on the same scenes and questions.
@@ -39,7 +39,7 @@ def run_matrix(
     """
     started = time.perf_counter()
     arms = [Arm(get_method("none"), 1.0), *(Arm(get_method(name), keep) for name in methods for keep in keeps)]
-    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, told=told)
+    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, tuning=tuning, told=told)
     draws = np.random.default_rng(0).integers(scenes, size=(RESAMPLES, scenes))
     means = [_task_mean(result, draws) for result in scores]
     plain = means[0]
@@ -62,8 +62,8 @@ def run_matrix(
                 row[name] = {"method": best, "low": _rounded(low), "high": _rounded(high)}
         rows.append(row)
     return {
-        "model": vlm.lm.name, "precision": vlm.encoder.precision, "scenes": scenes, "seed": seed,
-        "version": __version__, "seconds": round(time.perf_counter() - started, 1), "arms": rows,
+        "model": vlm.lm.name, "precision": vlm.encoder.precision, "scenes": scenes, "tuning": tuning,
+        "seed": seed, "version": __version__, "seconds": round(time.perf_counter() - started, 1), "arms": rows,
     }  # fmt: skip
 
 
@@ -101,26 +101,28 @@ def table(document: dict[str, Any]) -> str:
 
 
 def verdicts(document: dict[str, Any]) -> str:
-    """A line a budget: the best of all and those not told apart from it, the best of the baselines and the methods above
-    and below that, by the 95 % paired intervals."""
+    """A line a budget: the best of all and those not told apart from it, the best baseline and the methods above and
+    below that, by the 95 % paired intervals."""
     lines = []
-    for keep in sorted({row["keep"] for row in document["arms"] if "baseline" in row}, reverse=True):
-        rows = {row["method"]: row for row in document["arms"] if row["keep"] == keep and "baseline" in row}
-        best = next(iter(rows.values()))["baseline"]["method"]
-        others = {name: row["baseline"] for name, row in rows.items() if name not in BASELINES}
-        groups = {
-            "Above it": [name for name, row in others.items() if row["low"] > 0],
-            "Below it": [name for name, row in others.items() if row["high"] < 0],
-        }
-        said = [f"{word}: {', '.join(f'`{name}`' for name in names) or 'none'}." for word, names in groups.items()]
+    for keep in sorted({row["keep"] for row in document["arms"] if "best" in row}, reverse=True):
+        rows = {row["method"]: row for row in document["arms"] if row["keep"] == keep and "best" in row}
         first = next(iter(rows.values()))["best"]["method"]
         equal = [name for name, row in rows.items() if name != first and row["best"]["high"] >= 0]
-        lines.append(
-            f"- **{keep}** tokens: best `{first}` {100 * rows[first]['mean']:.1f}, not told apart from it: "
-            f"{', '.join(f'`{name}`' for name in equal) or 'none'}. Best baseline `{best}` "
-            f"{100 * rows[best]['mean']:.1f}. {' '.join(said)}"
-        )
+        line = f"- **{keep}** tokens: best `{first}` {100 * rows[first]['mean']:.1f}, "
+        line += f"not told apart from it: {_names(equal)}."
+        others = {name: row["baseline"] for name, row in rows.items() if name not in BASELINES and "baseline" in row}
+        if others:
+            best = next(iter(others.values()))["method"]
+            above = [name for name, row in others.items() if row["low"] > 0]
+            below = [name for name, row in others.items() if row["high"] < 0]
+            line += f" Best baseline `{best}` {100 * rows[best]['mean']:.1f}. Above it: {_names(above)}. "
+            line += f"Below it: {_names(below)}."
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _names(methods: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in methods) or "none"
 
 
 def figure(document: dict[str, Any], path: Path) -> None:
@@ -183,7 +185,8 @@ def write_report(document: dict[str, Any], command: str, folder: Path) -> list[P
     figure(document, paths[1])
     text = (
         f"# The demo tasks under compression\n\n`{command}`\n\n"
-        f"{document['scenes']} fresh scenes, seed {document['seed']}, {document['precision']} tower, greedy; the same "
+        f"{document['scenes']} {'tuning' if document['tuning'] else 'fresh'} scenes, seed {document['seed']}, "
+        f"{document['precision']} tower, greedy; the same "
         "scenes and questions for all. Per cent; caption is object-F1, the others exact match. Mean: of the tasks "
         f"but {' and '.join(PLACED)} (F1 that counts a thing only where it is said to be). "
         "Retention: the mean as a share of that of `none`. Intervals: 95 %, bootstrap over scenes, paired with `none`."

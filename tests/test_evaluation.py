@@ -9,6 +9,7 @@ import pytest
 
 from edge_tokcomp.cli import main
 from edge_tokcomp.evaluation import ASK_SEED, EVAL_SEED, evaluate, paired, report, summarise
+from edge_tokcomp.export.demo import scenes
 from edge_tokcomp.export.demo.questions import ask_all
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.methods import get_method
@@ -67,6 +68,25 @@ def test_answers_do_not_follow_from_the_brightness_of_the_scene() -> None:
         bright.append(scene.image.mean())
         yes.append(next(q.answer for q in questions if q.task == "existence") == "yes")
     assert abs(np.corrcoef(bright, yes)[0, 1]) < 0.15
+
+
+def test_tuning_scenes_are_others_than_test_scenes_with_digits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, str]] = []
+    plain = scenes.draw_scene
+
+    def draw(seed: Any, split: Any) -> scenes.Scene:
+        drawn.append((seed, split))
+        return plain(seed, split)
+
+    monkeypatch.setattr(scenes, "draw_scene", draw)
+    monkeypatch.setattr(Scripted, "answer", lambda *_args, **_options: SimpleNamespace(text="yes"))
+    found = evaluate(Scripted("none", 1.0), scenes=3, tuning=True)
+    assert found["tuning"] is True
+    assert {split for seed, split in drawn if seed[0] != EVAL_SEED} == {"validation"}
+    assert {seed for seed, split in drawn if split == "validation"} == {(7000, 0, index) for index in range(3)}
+    drawn.clear()
+    evaluate(Scripted("none", 1.0), scenes=3)
+    assert {split for _, split in drawn} == {"test"}
 
 
 @pytest.mark.slow

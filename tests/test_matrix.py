@@ -32,7 +32,8 @@ def document() -> dict[str, Any]:
     rows = [arm("none", 1.0, 0.9, 0, 0), arm("uniform", 64, 0.8, 0, 0), arm("random", 64, 0.7, -0.12, -0.08)]
     rows += [arm("good", 64, 0.85, 0.02, 0.08), arm("same", 64, 0.8, -0.02, 0.02), arm("bad", 64, 0.6, -0.3, -0.1)]
     rows.append(arm("near", 64, 0.845, 0.01, 0.08))
-    return {"model": "m", "precision": "fp32", "scenes": 9, "seed": 0, "seconds": 1.0, "version": "0", "arms": rows}
+    about = {"model": "m", "precision": "fp32", "scenes": 9, "tuning": False, "seed": 0, "seconds": 1.0, "version": "0"}
+    return about | {"arms": rows}
 
 
 def test_verdicts_name_what_lies_beyond_the_best_baselines_interval() -> None:
@@ -41,6 +42,12 @@ def test_verdicts_name_what_lies_beyond_the_best_baselines_interval() -> None:
         "- **64** tokens: best `good` 85.0, not told apart from it: `near`. Best baseline `uniform` 80.0. "
         "Above it: `good`, `near`. Below it: `bad`."
     )
+
+
+def test_without_baselines_the_best_is_still_named() -> None:
+    rows = [{name: value for name, value in row.items() if name != "baseline"} for row in document()["arms"][3:]]
+    said = matrix.verdicts(document() | {"arms": rows})
+    assert said == "- **64** tokens: best `good` 85.0, not told apart from it: `near`."
 
 
 def test_the_table_has_a_row_an_arm_in_per_cent() -> None:

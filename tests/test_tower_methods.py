@@ -53,9 +53,11 @@ def test_luvc_merges_down_to_the_grid_within_the_budget(height, width, blocks, s
 
 
 def test_luvc_takes_as_few_passes_as_pairing_allows_by_even_factors():
-    assert get_method("luvc").variant(64, (24, 24), 8).merges == (Merge(0, 7, 7), Merge(3, 5, 5), Merge(6, 4, 4))
-    assert get_method("luvc", last=0.0).variant(256, (24, 24), 8).merges == (Merge(0, 8, 8),)
-    assert len(get_method("luvc", passes=4, first=0.5).variant(256, (24, 24), 8).merges) == 4
+    early = get_method("luvc", first=0.0)
+    assert early.variant(64, (24, 24), 8).merges == (Merge(0, 7, 7), Merge(3, 5, 5), Merge(6, 4, 4))
+    assert get_method("luvc").variant(64, (24, 24), 8).merges == (Merge(3, 7, 7), Merge(5, 5, 5), Merge(6, 4, 4))
+    assert early.variant(256, (24, 24), 8).merges == (Merge(0, 8, 8),)
+    assert len(get_method("luvc", passes=4).variant(256, (24, 24), 8).merges) == 4
     shared = get_method("luvc", sharing="shared", proportional=False).variant(64, (24, 24), 8)
     assert (shared.sharing, shared.proportional) == ("shared", False)
 
