@@ -199,8 +199,10 @@ def projections(features: Array, groups: int, centre: str) -> Array:
     count, width = features.shape
     squashed = xp.empty((count, width), dtype=xp.float64, device=array_api_compat.device(features))
     for block in blocks(count, width):
-        squashed[block, :] = xp.tanh(xp.astype(features[block, :], xp.float64) / 2)
-    squashed -= xp.mean(squashed, axis=1 if centre == "feature" else 0, keepdims=True)
+        rows = xp.tanh(xp.astype(features[block, :], xp.float64) / 2)
+        squashed[block, :] = rows - xp.mean(rows, axis=1, keepdims=True) if centre == "feature" else rows
+    if centre == "token":
+        squashed -= xp.mean(squashed, axis=0, keepdims=True)
     narrow = width < count
     energy, vectors = leading_eigenvectors(gram(xp.matrix_transpose(squashed) if narrow else squashed), groups)
     noise = count * _EPSILON * energy[0]
