@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from ..errors import UsageError
 from ..tokens import Array
 from .base import Candidates, Merges, Method
-from .kernels import directions, gram, like, settle, to_numpy
+from .kernels import blocks, directions, gram, like, settle, to_numpy
 from .selection import coverage
 
 
@@ -66,8 +66,7 @@ class Mosaic(Method):
         xp = rows.xp
         unit, lengths = directions(rows.features)
         alike = self.likeness(rows, unit, k)
-        table = alike * self.importance(rows, lengths, k)[:, None]
-        picks = coverage(table, k)
+        picks = coverage(alike * self.importance(rows, lengths, k)[:, None], k)
         covers = xp.take(alike, like(picks, alike), axis=1)
         assign = to_numpy(xp.argmax(settle(covers), axis=1)).astype(np.int64)
         assign[picks] = np.arange(k)
@@ -76,13 +75,16 @@ class Mosaic(Method):
         return Merges(picks, assign, (share / mass[assign]).astype(np.float32))
 
     def likeness(self, rows: Candidates, unit: Array, k: int) -> Array:
-        """``(N, N)`` in 0..1, from the directions ``unit (N, D)``."""
+        """``(N, N)`` in 0..1, from the directions ``unit (N, D)``: one product, over directions and places at once."""
         xp = rows.xp
         height, width = rows.grids[0]
-        reach = 2 * self.reach**2 * height * width / k
-        y, x = (like(axis.astype(np.float64), unit) for axis in np.divmod(rows.cell, width))
-        place = (y[:, None] - y[None, :]) ** 2 + (x[:, None] - x[None, :]) ** 2
-        return xp.exp((gram(unit) - 1) / self.temperature - place / reach)
+        scale = math.sqrt(self.temperature / (height * width / k)) / self.reach
+        cells = like(np.stack(np.divmod(rows.cell, width), axis=1) * scale, unit)
+        alike = gram(xp.concat([unit, cells], axis=1))
+        apart = xp.sum(cells * cells, axis=1) / 2
+        for block in blocks(len(rows), len(rows)):
+            alike[block, :] = xp.exp((alike[block, :] - (1 + apart[block, None]) - apart[None, :]) / self.temperature)
+        return alike
 
     def importance(self, rows: Candidates, lengths: Array, k: int) -> Array:
         """``(N,)``: what covering a patch is worth; 1 for all where tokens are plenty."""
