@@ -68,18 +68,8 @@ class ReferenceLanguage:
         self.output = weights.get("output", self.table)
         self.layers = []
         for number in range(self.depth):
-            names = (
-                "attn_q",
-                "attn_k",
-                "attn_v",
-                "ffn_gate",
-                "ffn_up",
-                "attn_norm",
-                "attn_output",
-                "ffn_norm",
-                "ffn_down",
-            )
-            part = {name: weights[f"blk.{number}.{name}"] for name in names}
+            prefix = f"blk.{number}."
+            part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             qkv = np.concatenate([part["attn_q"], part["attn_k"], part["attn_v"]])
             gate_up = np.concatenate([part["ffn_gate"], part["ffn_up"]])
             self.layers.append(

@@ -60,8 +60,9 @@ def test_rows_dropped_before_the_first_layer_are_rows_that_never_came(vlm, refer
 def test_every_step_sees_what_it_needs_and_leaves_what_it_says(vlm, reference):
     prompt = prompt_of(vlm, vlm.encode(draw_scene((31, 6), "validation").image), "Describe the image.")
     for text, wanted in (
-        ("fastv@1:0.5", [576, 288, 288, 288]), ("dart@2:0.25", [576, 576, 144, 144]), ("todre@3:1.0", [576, 576, 576, 0]),
-        ("pyramid@1,2,3:0.5", [576, 288, 144, 72]), ("spectrum", [576, 288, 144, 0]),
+        ("fastv@1:0.5", [576, 288, 288, 288]), ("dart@2:0.25", [576, 576, 144, 144]),
+        ("todre@3:1.0", [576, 576, 576, 0]), ("pyramid@1,2,3:0.5", [576, 288, 144, 72]),
+        ("spectrum", [576, 288, 144, 0]),
     ):  # fmt: skip
         assert reference.generate(prompt, [read_layer_step(text)], [2], 2)[1] == wanted
 
