@@ -1,4 +1,4 @@
-"""A picture of a plan: kept patches as they are, dropped ones dimmed, the counts below."""
+"""A picture of a plan: kept patches as they are, dropped ones dimmed, borders where they merge, the counts below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tokens import Ints, Layout, Plan, Role
 SIDE = 672
 """Least pixels along a crop's edge, so that single patches can be told apart."""
 
-_DIM, _EDGE, _STRIP, _MARGIN = 0.22, (255, 196, 0), 34, 10
+_DIM, _EDGE, _BORDER, _STRIP, _MARGIN = 0.22, (255, 196, 0), (150, 125, 60), 34, 10
 
 
 def draw_overlay(
@@ -56,11 +56,20 @@ def _enlarged(pixels: Pixels, spec: TowerSpec, number: int) -> tuple[NDArray[np.
 def _merged(pixels: Pixels, spec: TowerSpec, owner: Ints, number: int) -> Image.Image:
     """A crop with lines where one merged cell ends and the next begins."""
     big, patch = _enlarged(pixels, spec, number)
-    cells = np.kron(owner.reshape(pixels.grids[number]), np.ones((patch, patch), np.int64))
+    return _shown(_bordered(big, owner.reshape(pixels.grids[number]), patch, _EDGE))
+
+
+def _bordered(big: NDArray[np.float32], owner: Ints, patch: int, colour: tuple[int, int, int]) -> NDArray[np.float32]:
+    """``big`` with lines between patches of different ``owner (rows, columns)``."""
+    cells = np.kron(owner, np.ones((patch, patch), np.int64))
     ends = np.zeros(cells.shape, np.bool_)
     ends[:, 1:] |= cells[:, 1:] != cells[:, :-1]
     ends[1:] |= cells[1:] != cells[:-1]
-    return Image.fromarray(np.where(ends[..., None], np.array(_EDGE, np.float32), big).clip(0, 255).astype(np.uint8))
+    return np.where(ends[..., None], np.array(colour, np.float32), big)
+
+
+def _shown(values: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
@@ -68,7 +77,13 @@ def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: i
     shares = np.kron(_shares(layout, plan, number, rows * columns).reshape(rows, columns), np.ones((patch, patch)))
     grey = big.mean(axis=2, keepdims=True) * 0.5
     light = np.maximum(shares, _DIM)[..., None].astype(np.float32)
-    shown = Image.fromarray((big * light + grey * (1 - light) * 0.4).clip(0, 255).astype(np.uint8))
+    big = big * light + grey * (1 - light) * 0.4
+    if plan.assign is not None:
+        mine = (layout.crop == number) & (layout.role == Role.PATCH)
+        owner = np.full(rows * columns, -1, np.int64)
+        owner[layout.cell[mine]] = plan.assign[mine]
+        big = _bordered(big, owner.reshape(rows, columns), patch, _BORDER)
+    shown = _shown(big)
     pen = ImageDraw.Draw(shown)
     kept = layout.cell[plan.keep[(layout.crop[plan.keep] == number) & (layout.role[plan.keep] == Role.PATCH)]]
     for cell in kept:

@@ -43,6 +43,21 @@ def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return written
 
 
+def test_borders_run_between_what_was_merged_in_a_plan_or_in_the_tower() -> None:
+    pixels, layout = Pixels(np.zeros((1, 3, 48, 48), np.float32), ((6, 6),)), Layout.of_grids((6, 6))
+    halves = np.repeat([0, 1], 18)  # the upper three rows, the lower three
+    plan = Plan(np.array([7, 25]), np.array([7, 25]), 36, 36, halves, np.full(36, 1 / 18, np.float32))
+    patch = 112
+    merged = np.asarray(draw_overlay(pixels, SPEC, layout, plan, "pool"))
+    assert (merged[3 * patch, 5:-5] == (150, 125, 60)).all()
+    assert not (merged[[patch // 2, 5 * patch + 9]] == (150, 125, 60)).all(axis=-1).any()
+    rows = Layout.of_grids((1, 2))
+    whole = Plan(np.arange(2), np.arange(2), 2, 36)
+    inside = np.asarray(draw_overlay(pixels, SPEC, rows, whole, "luvc", halves[None]))
+    assert (inside[3 * patch, 5:-5] == (255, 196, 0)).all()
+    assert not (inside[[patch // 2, 5 * patch + 9]] == (255, 196, 0)).all(axis=-1).any()
+
+
 def test_counts_come_first_and_a_long_method_is_cut(labels: list[str]) -> None:
     counts = "36 to 9 (25.0 %)  "
     room = round(ImageFont.load_default(size=18).getlength(counts))
