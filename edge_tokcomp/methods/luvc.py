@@ -25,9 +25,9 @@ class LUVC(TowerMethod):
     ``first`` to ``last``, as fractions of the depth. ``sharing``: whether every line merges its own pairs.
     ``proportional``: later blocks attend to a merged patch as to all it stands for (ToMe).
 
-    The defaults were chosen on tuning scenes of the demo tasks (docs/luvc.md): lines of their own are worth 6 points at
-    256 tokens, proportional attention 4, more passes than needed nothing. The later the passes the better the answers
-    and the slower the tower; the middle of the depth is the compromise.
+    The defaults were chosen on tuning scenes of the demo tasks (docs/luvc): pairs of each line's own are worth 3 points
+    at 256 tokens and 15 at 64, proportional attention 2 and 3, more passes than needed cost 1. The later the passes the
+    better the answers and the slower the tower; the middle of the depth is the compromise.
     Its language half is the layer step ``spectrum``.
     """
 
