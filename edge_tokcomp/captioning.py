@@ -17,13 +17,12 @@ from types import FrameType
 from typing import Protocol
 
 from . import __version__
-from .dynamic import Share
 from .errors import TokcompError
 from .images import open_image, read_bytes
 from .parameters import Parameters, automatic_choices, hash_of_model, params_hash
 from .records import Earlier, Record, Sink
 from .resume import Done
-from .scoring import Key, share_pictures
+from .scoring import Key, Scored, share_pictures
 from .sidecars import SidecarError, holds, is_filled, sidecar_path, write_sidecar
 from .sources import Source
 from .text import encodable
@@ -130,7 +129,7 @@ def caption_all(
         with _interruptible(on_stop) as interrupted:
             if job.batch:
                 told = progress.scored if progress else None
-                job.shares = share_pictures(vlm, sources, job.due, told, interrupted.is_set)
+                job.scored = share_pictures(vlm, sources, job.due, told, interrupted.is_set)
             for source in sources:
                 if interrupted.is_set():
                     summary.interrupted = True
@@ -166,7 +165,7 @@ class _Job:
         self.sidecar_decides = done is None and sidecar is not None and not overwrite
         self.made: dict[Key, Earlier] = {}
         self.batch = vlm.sharing is not None and vlm.sharing.by == "batch"
-        self.shares: dict[Key, Share] = {}
+        self.scored: dict[Key, Scored] = {}
         self.noted: set[Key] = set()
         self.choices = lru_cache(maxsize=1)(partial(automatic_choices, vlm))
 
@@ -266,11 +265,12 @@ class _Job:
     def _new(self, record: Record, parameters: Parameters, data: bytes, started: float) -> Record:
         image = open_image(data, max_pixels=self.vlm.encoder.max_pixels)
         reading = (time.perf_counter() - started) * 1e3
-        share = self.shares.get((record.sha256, record.params_hash))
-        if self.batch and share is None:
+        scored = self.scored.get((record.sha256, record.params_hash))
+        if self.batch and scored is None:
             raise TokcompError("changed, or could not be read, while the pictures were scored; run the same again")
-        encoded = self.vlm.encode(image, parameters.prompt, share=share)
+        encoded = self.vlm.encode(image, parameters.prompt, share=scored.share if scored else None)
         encoded.timings_ms["decode"] += reading
+        encoded.timings_ms["compress"] += scored.milliseconds if scored else 0.0
         answer = self.vlm.answer(encoded, parameters.prompt, max_tokens=parameters.max_tokens)
         stats, share = answer.images[0].plan.stats, answer.images[0].share
         shared: dict[str, str | float] = {}

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .budget import describe, largest_share, smallest_share, tokens_to_keep
+from .budget import describe, largest_share, smallest_share
 from .errors import UsageError
 from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
-from .methods import get_method, method_table
+from .methods import TowerMethod, get_method, method_table
 from .methods.options import spell
 from .text import printable, unheard
 
@@ -147,7 +147,7 @@ def _dry_run(
 
     encoder = vlm.encoder
     before = encoder.spec.patches
-    after = tokens_to_keep(vlm.keep, before) if vlm.method.compresses else before
+    after = encoder.kept(vlm.method, vlm.keep)
     shared = ""
     if vlm.sharing:
         low, high = smallest_share(after), largest_share(after, before)
@@ -236,7 +236,7 @@ def calibrate(options: argparse.Namespace) -> int:
             bar.update()
 
         calibration = calibrate_on(vlm, sources, told)
-        path = calibration.save(vlm.encoder.tower.directory)
+        path = calibration.save(vlm.encoder.directory)
     print(f"{path}: {calibration}", file=sys.stderr)  # noqa: T201
     return 1 if failures else 0
 
@@ -335,6 +335,8 @@ def compress(options: argparse.Namespace) -> int:
     from .features import read_features
 
     method = get_method(options.method)
+    if isinstance(method, TowerMethod):
+        raise UsageError(f"method {method.name} acts in the tower or before it, not on its rows; choose another method")
     tokens, query = read_features(Path(options.features))
     plan = method.compress(tokens, options.keep, seed=options.seed, query=query)
     try:

@@ -54,7 +54,8 @@ class Claim:
         features = finite_float32("features", tokens.features)
         score = information_score(features[like(layout.patches, features)])
         fixed, most = int(np.sum(layout.protected)), len(layout.uncompressed)
-        return cls(round(max(score, 0.0), 6), max(tokens_to_keep(keep, most), fixed + 1), fixed, most)
+        own = min(tokens_to_keep(keep, layout.before), most)
+        return cls(round(max(score, 0.0), 6), max(own, fixed + 1), fixed, most)
 
 
 @dataclass(frozen=True)

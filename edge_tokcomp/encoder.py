@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +38,7 @@ Embed = Callable[[str, bool], NDArray[np.float32]]
 class ImageEncoder:
     """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it under ``method``.
 
+    ``directory``: of the exported tower, run plainly.
     ``embed``: the language model's rows for text: the question, for methods that look at it, and the family's markers.
     """
 
@@ -50,7 +52,8 @@ class ImageEncoder:
         self._mmproj, self._provider, self._embed = mmproj, provider, embed
         self._pools = ThreadpoolController()
         self._towers: dict[TowerVariant, Tower] = {}
-        self.spec = cached_tower(mmproj, precision, threads=threads).spec
+        self._plain = cached_tower(mmproj, precision, threads=threads)
+        self.spec, self.directory = self._plain.spec, self._plain.directory
         self.family = family_named(self.spec.family)
         self.tower = self._tower(self.variant(method, keep))
 
@@ -61,14 +64,26 @@ class ImageEncoder:
             return PLAIN
         return method.variant(wanted, self.spec.grid, self.spec.blocks)
 
+    def kept(self, method: Method, keep: int | float) -> int:
+        """Rows of one crop that enter the language model under ``method``."""
+        variant = self.variant(method, keep)
+        if variant != PLAIN:
+            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks))
+        return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
+
     def see(self, picture: Picture, variant: TowerVariant = PLAIN) -> SeenImage:
-        """Run the tower on ``picture``; raises ``ImageError`` for one that cannot be read."""
+        """Run the tower on ``picture``, unless that was done; raises ``ImageError`` for one that cannot be read."""
+        seen = picture if isinstance(picture, SeenImage) else None
+        if seen and seen.variant == variant:
+            return seen
+        tower = self._tower(variant)
         clock = _Clock()
-        image = self._open(picture)
+        image = seen.image if seen else self._open(picture)
         clock.stop("decode")
+        if seen:
+            clock.times["decode"] = seen.timings_ms["decode"]
         pixels = self.family.preprocess(image.picture, self.spec, variant.grid)
         clock.stop("preprocess")
-        tower = self._tower(variant)
         output = tower.encode(pixels.crops, want={"keys"})
         clock.stop("encode")
         tokens = self._tokens(pixels, output, variant)
@@ -81,8 +96,7 @@ class ImageEncoder:
 
         The tower runs again only where the method needs it run otherwise.
         """
-        if (variant := self.variant(method, keep)) != seen.variant:
-            seen = self.see(seen.image, variant)
+        seen = self.see(seen, self.variant(method, keep))
         clock, tokens = _Clock(), seen.tokens
         asked = "query" in method.needs | method.wants
         query = self._embed(question, False) if asked else None
@@ -126,13 +140,20 @@ class ImageEncoder:
         )
 
     def _tower(self, variant: TowerVariant) -> Tower:
-        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own."""
+        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own.
+
+        Besides the plain one and the first, only the last one stays open: each holds the weights anew.
+        """
         merging = variant if variant.merges else PLAIN
         if merging not in self._towers:
             from .export.tower_files import cached_tower
 
-            files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
-            self._towers[merging] = Tower(files.directory, provider=self._provider, threads=self.threads)
+            files = self._plain
+            if merging != PLAIN:
+                files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
+            opened = Tower(files.directory, provider=self._provider, threads=self.threads)
+            stay = [PLAIN, *list(self._towers)[:1]]
+            self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {merging: opened}
         return self._towers[merging]
 
 

@@ -86,7 +86,7 @@ def score_arms(
     vlm: VLM, arms: Sequence[Arm], *, scenes: int, seed: int, wrong_image: bool = False, tuning: bool = False,
     told: Callable[[int], None] | None = None,
 ) -> tuple[list[Scores], list[float]]:  # fmt: skip
-    """Score every arm on the same scenes, each encoded once; also the mean number of image tokens of each arm."""
+    """Score every arm on the same scenes, encoded once for each way the tower is run; also each arm's mean tokens."""
     try:
         from .export.demo.questions import TASKS, ask_all, object_f1, placed_f1
         from .export.demo.scenes import draw_scene

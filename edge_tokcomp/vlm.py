@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .answers import Answer, AnswerStream, EncodedImage, SeenImage
-from .budget import largest_share, parse_keep, tokens_to_keep
+from .budget import largest_share, parse_keep
 from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
 from .encoder import ImageEncoder, Picture
 from .errors import TokcompError, UsageError
@@ -126,14 +126,14 @@ class VLM:
                     "the two files are not of one model"
                 )
             if sharing and sharing.by == "calibrated":
-                sharing.mean = Calibration.stored(self.encoder.tower.directory, mmproj).mean
+                sharing.mean = Calibration.stored(self.encoder.directory, mmproj).mean
             self.embedding = TokenEmbedding.of(self.model)
             self.decoder = stack.enter_context(
                 PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
             )
             self._held: tuple[object, ...] | None = None
             self._closed = False
-            self._timed: WeakSet[EncodedImage] = WeakSet()
+            self._timed: WeakSet[object] = WeakSet()
             self._streaming: AnswerStream | None = None
             self._stack = stack.pop_all()
 
@@ -142,13 +142,9 @@ class VLM:
 
         Raises ``ImageError`` for a picture that cannot be read.
         """
-        if isinstance(picture, SeenImage):
-            return picture
         return self.encoder.see(picture, self.encoder.variant(self.method, self.keep))
 
-    def encode(
-        self, picture: Picture, question: str = CAPTION_PROMPT, *, share: Share | None = None
-    ) -> EncodedImage:  # fmt: skip
+    def encode(self, picture: Picture, question: str = CAPTION_PROMPT, *, share: Share | None = None) -> EncodedImage:
         """Decode, preprocess, run the tower, choose what to keep, project it.
 
         ``question``: what will be asked, for methods that keep what matters to it. ``share``: what the picture was
@@ -170,7 +166,7 @@ class VLM:
         With ``dynamic`` they share their budget: what they keep sums to what it would be without. Those that come
         encoded stay as they are.
         """
-        seen = [self.see(picture) for picture in pictures]
+        seen = [picture if isinstance(picture, EncodedImage) else self.see(picture) for picture in pictures]
         new = [image for image in seen if not isinstance(image, EncodedImage)]
         started = time.perf_counter()
         shares = self.sharing.shares([self.claim(image) for image in new]) if self.sharing else [None] * len(new)
@@ -190,7 +186,7 @@ class VLM:
 
     def claim(self, picture: Picture) -> Claim:
         """How much there is to see in a picture, and the tokens it would have by itself."""
-        return Claim.of(self.see(picture).tokens, self.keep)
+        return Claim.of(self.encoder.see(picture).tokens, self.keep)
 
     def calibrate(self, pictures: Iterable[Picture]) -> float:
         """The mean information score of ``pictures``, stored for this tower and its precision.
@@ -199,7 +195,7 @@ class VLM:
         picture that cannot be read, ``UsageError`` without any.
         """
         found = Calibration.of([self.claim(picture).information for picture in pictures])
-        found.save(self.encoder.tower.directory)
+        found.save(self.encoder.directory)
         return found.mean
 
     def compress(
@@ -248,9 +244,13 @@ class VLM:
             prompt_tokens = self.decoder.length(_PREFIX) + len(rows)
         finally:
             self.decoder.drop(_ANSWER)
-        new = [image for image in encoded if image not in self._timed]
-        self._timed.update(new)
-        timings = {stage: sum(image.timings_ms[stage] for image in new) for stage in _IMAGE_STAGES}
+        timings = dict.fromkeys(_IMAGE_STAGES, 0.0)
+        for image in encoded:
+            # What the tower gave is shared by all that was made of it, under any method and for any question.
+            for stage in _IMAGE_STAGES:
+                if (image if stage == "compress" else image.tokens) not in self._timed:
+                    timings[stage] += image.timings_ms[stage]
+            self._timed.update((image, image.tokens))
         timings["prefill"] = (prefill + generation.first_token_s) * 1e3
         timings["first_token"] = sum(timings.values())
         timings["generate"] = generation.generate_s * 1e3
@@ -266,10 +266,9 @@ class VLM:
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
         pieces = chat_prompt(self.model, question, 1).tokenize(self.model)
-        patches = self.encoder.spec.patches
-        kept = tokens_to_keep(self.keep, patches) if self.method.compresses else patches
+        kept = self.encoder.kept(self.method, self.keep)
         if most and self.sharing:
-            kept = largest_share(kept, patches)
+            kept = largest_share(kept, self.encoder.spec.patches)
         return sum(len(piece) for piece in pieces) + kept + 1
 
     def close(self) -> None:

@@ -181,6 +181,18 @@ def test_a_calibration_is_stored_with_the_model_and_measured_against(pair: Pair,
         path.unlink()
 
 
+def test_scoring_ahead_of_a_batch_stands_in_the_records_too(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "p", range(2))
+    with opened(pair, "batch") as vlm:
+        plain = vlm.claim
+        monkeypatch.setattr(vlm, "claim", lambda picture: (time.sleep(0.05), plain(picture))[1])
+        _, records = run(vlm, folder)
+    assert all(record.timings_ms["compress"] >= 50 for record in records)
+    assert all(record.timings_ms["first_token"] >= record.timings_ms["compress"] for record in records)
+
+
 def test_a_batch_sums_exactly_and_every_row_says_why(
     pair: Pair, tmp_path: Path, scores: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ def test_a_small_thing_on_a_large_background_is_covered_by_tokens_of_its_own():
         assert set(plan.keep[plan.assign[thing]].tolist()) <= set(thing)
 
 
-@pytest.mark.parametrize("text", ["mosaic:temperature=0", "mosaic:reach=-1.0", "mosaic:plenty=-1.0"])
+@pytest.mark.parametrize("text", ["mosaic:temperature=0.001", "mosaic:reach=-1.0", "mosaic:plenty=-1.0"])
 def test_constants_that_cannot_be_are_refused(text):
     with pytest.raises(UsageError, match="mosaic"):
         get_method(text)

@@ -134,3 +134,50 @@ def test_keys_of_the_tower_reach_the_methods(vlm):
         vlm.encoder.family.preprocess(seen.image.picture, vlm.encoder.spec).crops, want={"keys"}
     ).keys
     np.testing.assert_array_equal(seen.tokens.keys, keys[0])
+
+
+def test_what_was_seen_otherwise_is_seen_again_and_its_score_is_that_of_the_plain_tower(vlm):
+    with load(method="resolution", keep=0.25, threads=1) as small:
+        seen = small.see(SAMPLE)
+        assert seen.variant == TowerVariant(grid=(12, 12))
+        assert small.claim(SAMPLE) == vlm.claim(SAMPLE).__class__(vlm.claim(SAMPLE).information, 144, 0, 576)
+        assert vlm.see(seen).variant == PLAIN
+        assert vlm.encode(seen).plan.before == 576
+        np.testing.assert_array_equal(vlm.encode(seen).rows, vlm.encode(SAMPLE).rows)
+        assert vlm.see(seen).timings_ms["decode"] == seen.timings_ms["decode"]
+
+
+def test_context_and_dry_runs_count_the_rows_that_are_really_kept(vlm):
+    for method, keep, rows in (("resolution", 255, 240), ("luvc", 128, 121), ("none", 1.0, 576), ("mosaic", 0.5, 288)):
+        assert vlm.encoder.kept(get_method(method), keep) == rows
+    with load(method="resolution", keep=255, n_ctx=256, threads=1) as small:
+        assert small.answer(SAMPLE, max_tokens=2).tokens_after == 240
+
+
+def test_opening_a_tower_is_no_part_of_encoding_and_few_stay_open(vlm):
+    seen = vlm.see(SAMPLE)
+    for keep in (36, 49, 81, 121):
+        vlm.compress(seen, get_method("luvc"), keep)
+        assert len(vlm.encoder._towers) <= 2
+    found = vlm.compress(seen, get_method("luvc"), 36).timings_ms
+    assert found["encode"] < 20 * seen.timings_ms["encode"]
+    assert found["decode"] == seen.timings_ms["decode"]
+
+
+def test_stages_of_a_picture_count_once_whatever_is_made_of_it():
+    with load(method="mmtok", keep=64, threads=1) as asking:
+        seen = asking.see(SAMPLE)
+        first, second = (asking.answer(seen, "How many rings are there?", max_tokens=2).timings_ms for _ in range(2))
+        assert first["encode"] == seen.timings_ms["encode"]
+        assert second["encode"] == second["decode"] == 0
+        assert second["compress"] > 0
+        encoded = asking.encode(SAMPLE, "What is red?")
+        assert asking.answer(encoded, "What is red?", max_tokens=2).timings_ms["encode"] > 0
+        again = asking.answer(encoded, "What is blue?", max_tokens=2).timings_ms
+        assert again["encode"] == 0
+        assert again["compress"] > 0
+
+
+def test_more_passes_than_lines_are_refused():
+    with pytest.raises(UsageError, match="luvc: 2000000 passes over 24 x 24 patches; name 48 at most"):
+        get_method("luvc", passes=2_000_000).variant(64, (24, 24), 8)

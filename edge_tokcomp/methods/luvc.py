@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from ..errors import UsageError
-from ..variant import Merge, TowerVariant, most_pairs
+from ..variant import Merge, Sharing, TowerVariant, most_pairs
 from .base import TowerMethod
 from .resolution import nearly_square
 
@@ -34,7 +34,7 @@ class LUVC(TowerMethod):
     first: float = 0.5
     last: float = 1.0
     passes: int | None = None
-    sharing: Literal["per-line", "shared"] = "per-line"
+    sharing: Sharing = "per-line"
     proportional: bool = True
 
     name: ClassVar[str] = "luvc"
@@ -49,9 +49,14 @@ class LUVC(TowerMethod):
             raise UsageError(f"luvc: passes must be 1 or more, got {self.passes}")
 
     def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
-        """The merges that lead from ``grid`` to the grid wanted; raises ``UsageError`` for a tower of one block."""
+        """The merges that lead from ``grid`` to the grid wanted.
+
+        Raises ``UsageError`` for a tower of one block, and more passes than there are lines.
+        """
         if blocks < 2:
             raise UsageError(f"luvc merges between blocks, and this tower has {blocks}; choose another method")
+        if self.passes is not None and self.passes > sum(grid):
+            raise UsageError(f"luvc: {self.passes} passes over {grid[0]} x {grid[1]} patches; name {sum(grid)} at most")
         target = nearly_square(wanted, grid)
         least = max(fewest_passes(a, b) for a, b in zip(grid, target, strict=True))
         passes = max(least, self.passes or 1)

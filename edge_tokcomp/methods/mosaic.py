@@ -16,6 +16,8 @@ from .base import Candidates, Merges, Method
 from .kernels import blocks, directions, gram, like, settle, to_numpy
 from .selection import coverage
 
+_LEAST = 0.05
+
 
 @dataclass(frozen=True)
 class Mosaic(Method):
@@ -51,8 +53,11 @@ class Mosaic(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.temperature, self.reach) <= 0:
-            raise UsageError("mosaic: temperature and reach must be above 0")
+        if self.temperature < _LEAST or self.reach < _LEAST:
+            raise UsageError(
+                f"mosaic: temperature {self.temperature} and reach {self.reach} must be {_LEAST} or more: below that "
+                "no patch is like another"
+            )
         if min(self.plenty, self.stand_out, self.attended) < 0:
             raise UsageError("mosaic: plenty, stand_out and attended must be 0 or more")
 
