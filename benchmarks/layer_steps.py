@@ -3,7 +3,8 @@
     python benchmarks/layer_steps.py --steps "spectrum@1:0.5,2:0.25,3:0" "fastv@1:0.5" [--method mosaic --keep 128]
 
 Scores on tuning scenes, so that a step's free parameters may be chosen by it. Prints a table: image rows averaged over
-the layers, mean of the tasks, and each of them. The model has four layers, so layers are whole numbers below 4.
+the layers, mean of the tasks, and each of them (- for one never asked). The model has four layers, so layers are whole
+numbers below 4.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.evaluation import PLACED, TUNING_SEEDS, summarise
 from edge_tokcomp.export.demo.questions import TASKS, ask_all, object_f1
 from edge_tokcomp.export.demo.scenes import draw_scene
@@ -59,6 +61,14 @@ def score(vlm: VLM, arms: Sequence[Sequence[LayerStep]], scenes: int) -> tuple[l
         return [{task: s[:, 0] / s[:, 1] for task, s in arm.items()} for arm in sums], (rows / asked).tolist()
 
 
+def line(name: str, rows: float, scores: Scores) -> str:
+    """One row of the table, per cent; the mean is of the tasks that were asked."""
+    found = [summarise(values) for values in scores.values()]
+    mean = 100 * np.mean([each["score"] for each in found if each["n"]])
+    cells = [f"{100 * each['score']:.1f}" if each["n"] else "-" for each in found]
+    return f"| `{name}` | {rows:.0f} | {mean:.1f} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", nargs="*", default=[], help="one arm each; several steps of an arm joined by '+'")
@@ -68,6 +78,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
+    try:
+        report(options)
+    except TokcompError as fault:
+        parser.exit(2, f"{parser.prog}: {fault}\n")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Score the arms, print the table and write the file."""
     names = ["none", *options.steps]
     arms = [[], *([read_layer_step(part) for part in text.split("+")] for text in options.steps)]
     with load(method=options.method, keep=options.keep, threads=options.threads) as vlm:
@@ -76,8 +94,7 @@ def main() -> None:
     print(f"| steps | rows a layer | mean | {' | '.join(TASKS)} |")
     print("|---" * (3 + len(TASKS)) + "|")
     for name, result, count in zip(names, scores, rows, strict=True):
-        cells = [100 * summarise(values)["score"] for values in result.values()]
-        print(f"| `{name}` | {count:.0f} | {np.mean(cells):.1f} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
+        print(line(name, count, result))
     if options.out:
         document = [
             {"steps": name, "rows": count, "scores": {task: values.tolist() for task, values in result.items()}}

@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py [--methods prunesid todre ...] [--cases "576 to 64" ...] [--torch] [--out FILE.json]
 
-One thread. Every round times all yardsticks and all methods of a case in turn, in CPU time (on CUDA by the clock);
-medians over the rounds, and a method's ratio to its floor within the same round. Prints a Markdown table; ``--out``
-takes all samples.
+One thread. Every round times all yardsticks and all methods of a case, in CPU time (on CUDA by the clock) and in an
+order of its own: what runs pays for the memory that the one before it gave back. Medians over the rounds, and a
+method's ratio to its floor within the same round. Prints a Markdown table; ``--out`` takes all samples.
 
 The pictures are made up in the likeness of a CLIP tower's output: 160 smooth fields over the grid, finer and weaker one
 after another, each in a random direction of feature space; white noise a quarter as strong; and one heavy-tailed row
@@ -44,6 +44,7 @@ from array_api_compat import array_namespace, is_numpy_array
 from scipy.linalg import eigh as scipy_eigh
 from threadpoolctl import threadpool_limits
 
+from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.methods import get_method
 from edge_tokcomp.tokens import Layout, VisionTokens
 
@@ -201,8 +202,8 @@ def measure(case: Case, names: list[str], device: str, rounds: int, warm_up: int
         work[name] = partial(get_method(name).compress, moved, case.keep, query=asked)
     samples: dict[str, list[float]] = {name: [] for name in work}
     for number in range(warm_up + rounds):
-        for name, each in work.items():
-            taken = milliseconds(each, device)
+        for name in in_turn(list(work), number):
+            taken = milliseconds(work[name], device)
             if number >= warm_up:
                 samples[name].append(taken)
     by_round = [{name: taken[i] for name, taken in samples.items()} for i in range(rounds)]
@@ -217,6 +218,11 @@ def measure(case: Case, names: list[str], device: str, rounds: int, warm_up: int
             }
         )  # fmt: skip
     return rows
+
+
+def in_turn(names: list[str], number: int) -> list[str]:
+    """The order of round ``number``: shuffled, since turning it in a circle would leave everyone its neighbour."""
+    return [names[place] for place in np.random.default_rng(number).permutation(len(names))]
 
 
 def mover(device: str) -> Callable[[np.ndarray], Any]:
@@ -239,6 +245,14 @@ def main() -> None:
     parser.add_argument("--prefill", type=float, default=40.0, help="tokens a second of the 7B model, for the share")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
+    try:
+        report(options)
+    except TokcompError as fault:
+        parser.exit(2, f"{parser.prog}: {fault}\n")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Measure the cases, print the table and write the file."""
     device = "numpy"
     if options.torch:
         import torch

@@ -17,7 +17,7 @@ from .evaluation import PLACED, RESAMPLES, Arm, Scores, score_arms, summarise
 from .methods import METHODS, get_method
 from .vlm import VLM
 
-BASELINES = ("random", "uniform", "pool")
+BASELINES = ("random", "uniform", "pool", "resolution")
 VARIANTS = (
     "todre:form=k_center", "divprune:centred=true", "divprune:centred=true,distinctive=true", "scope:centred=true",
     "cdpruner:centred=true,distinctive=true", "mmtok:centred=true",
@@ -148,10 +148,10 @@ def figure(document: dict[str, Any], path: Path) -> None:
             axis.axis("off")
             continue
         axis.axhline(whole, color="black", linewidth=0.8, linestyle=":")
-        for name, style in zip(BASELINES, ("--", "-", "-."), strict=True):
+        for name, style in zip(BASELINES, ("--", "-", "-.", (0, (1, 1))), strict=True):
             if name in lines:
                 x, y, _, _ = _curve(lines[name])
-                axis.plot(x, y, style, color="0.55", linewidth=1, label=name)
+                axis.plot(x, y, linestyle=style, color="0.55", linewidth=1, label=name)
         if place < len(names):
             x, y, low, high = _curve(lines[names[place]])
             axis.fill_between(x, low, high, alpha=0.25, color="tab:blue", linewidth=0)
@@ -161,7 +161,8 @@ def figure(document: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set_xticks(x, [f"{tokens:.0f}" for tokens in x], fontsize=8)
         axis.tick_params(axis="both", which="both", labelsize=8, labelbottom=place + columns >= len(names))
-    axes[0].legend(fontsize=7, loc="lower right")
+    if any(name in lines for name in BASELINES):
+        axes[0].legend(fontsize=7, loc="lower right")
     canvas.supxlabel("image tokens in the language model", fontsize=9)
     canvas.supylabel(f"mean of {len(set(document['arms'][0]['tasks']) - set(PLACED))} tasks, per cent", fontsize=9)
     canvas.savefig(path, dpi=110)

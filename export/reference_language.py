@@ -83,7 +83,8 @@ class ReferenceLanguage:
     ) -> tuple[list[int], list[int]]:
         """Greedy tokens, up to one of ``ends`` or ``most``, and the image rows that each layer saw.
 
-        Rows that are left are renumbered without gaps, as stock llama.cpp needs them.
+        Steps at one layer act in the order given, each on the rows that the one before left. Rows that are left are
+        renumbered without gaps, as stock llama.cpp needs them.
         """
         x, cache, seen = self._prefill(prompt, steps)
         tokens: list[int] = []
@@ -103,25 +104,29 @@ class ReferenceLanguage:
         self, prompt: Prompt, steps: Sequence[LayerStep]
     ) -> tuple[Floats, list[tuple[Floats, Floats]], list[int]]:
         """The last row's state, every layer's keys and values, and the image rows each layer saw."""
-        at = {number: (step, amount) for step in steps for number, amount in step.layers(self.depth).items()}
+        at: list[list[tuple[LayerStep, float]]] = [[] for _ in self.layers]
+        for step in steps:
+            for number, amount in step.layers(self.depth).items():
+                at[number].append((step, amount))
         start = len(prompt.lead)
         x, crop = np.concatenate([prompt.lead, prompt.image, prompt.text]), prompt.crop
         before: Floats | None = None
         keys = np.zeros(len(x), np.float32)
         cache, seen = [], []
         for number, layer in enumerate(self.layers):
-            image, text = start + np.arange(len(crop)), np.arange(start + len(crop), len(x))
-            if number in at:
-                step, amount = at[number]
+            for step, amount in at[number]:
+                image, text = start + np.arange(len(crop)), np.arange(start + len(crop), len(x))
+                looked = before if step.attention == "previous" else None
                 if step.attention == "next":
                     query, key, _ = self._project(layer, x, 0)
-                    before = attention(query[:, text], key).mean(axis=0)
-                looked = None if step.attention == "none" else before
+                    looked = attention(query[:, text], key).mean(axis=0)
                 state = LayerState(
                     x[image], crop, len(prompt.image), image, text, looked, keys, x[text], self.final_norm
                 )
                 stay = step.survivors(state, amount)
-                x, crop = np.concatenate([x[:start], x[image[stay]], x[text]]), crop[stay]
+                rows = np.concatenate([np.arange(start), image[stay], text])
+                x, crop, keys = x[rows], crop[stay], keys[rows]
+                before = None if before is None else before[:, rows]
             seen.append(len(crop))
             query, key, value = self._project(layer, x, 0)
             weights = attention(query, key)

@@ -34,7 +34,7 @@ from edge_tokcomp.variant import PLAIN, TowerVariant
 from .building import discard, folder_aside
 from .check import EXACT, Check, Reference, check_tower
 from .mmproj import Mmproj, projector_shapes, tower_shapes
-from .vit import key_block, picture_size, write_projector, write_tower
+from .vit import key_block, write_projector, write_tower
 
 EXPORTER = 2
 """Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
@@ -67,16 +67,6 @@ class TowerFiles:
     check: Check
     left_in_fp32: tuple[str, ...]
     variant: TowerVariant
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures it takes (without merges: is meant to be given)."""
-        return picture_size(self.spec, self.variant)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """``(H', W')``: rows and columns of the patches it returns for such a picture."""
-        return _final_grid(self.spec, self.variant)
 
 
 def export_tower(

@@ -192,9 +192,15 @@ def test_steps_are_read_from_text_and_written_back(text, depth, layers):
         ("fastv@-1:0.5", "layer -1"),
         ("fastv@1.5:0.5", "layer 1.5"),
         ("fastv@", "is not a number"),
+        ("fastv@nan:0.5", "'nan' is not a number; write NAME@LAYER:AMOUNT"),
+        ("fastv@2:nan", "'nan' is not a number; write NAME@LAYER:AMOUNT"),
+        ("fastv@inf:0.5", "'inf' is not a number; write NAME@LAYER:AMOUNT"),
+        ("todre@2:-1e999", "'-1e999' is not a number; write NAME@LAYER:AMOUNT"),
+        (f"fastv@2:1{400 * '0'}", "0' is not a number; write NAME@LAYER:AMOUNT"),
         ("spectrum@2:0.5,cutoff=0", "cutoff"),
         ("spectrum@2:0.5,cutof=0.5", "did you mean 'cutoff'"),
-        ("fastv@2:0.5,at=3", "at must be"),
+        ("fastv@2:0.5,at=3", "at is written as fastv@LAYER:AMOUNT"),
+        ("fastv@at_=3", "at is written as fastv@LAYER:AMOUNT"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(text, says):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from edge_tokcomp import matrix
@@ -66,6 +68,51 @@ def test_the_report_is_a_page_a_figure_and_the_numbers(tmp_path: Path) -> None:
     picture = np.asarray(Image.open(figure).convert("RGB"))
     assert picture.shape[1] > 900
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def drawn(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The canvas of the figure, not written."""
+    canvases: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda canvas, *_, **__: canvases.append(canvas))
+    matrix.figure(given, Path("unused.png"))
+    return canvases[0]
+
+
+def test_the_figure_draws_baselines_in_every_panel_each_in_a_style_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    styles = set()
+    plot = Axes.plot
+
+    def watched(axis: Axes, *data: Any, **how: Any) -> Any:
+        if "label" in how:
+            styles.add((how["label"], how["linestyle"]))
+        return plot(axis, *data, **how)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    rows = [*document()["arms"], arm("pool", 64, 0.75, 0, 0), arm("resolution", 64, 0.5, 0, 0)]
+    canvas = drawn(document() | {"arms": rows}, monkeypatch)
+    panels = [axis for axis in canvas.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["good", "same", "bad", "near"]
+    for axis in panels:
+        names = {line.get_label() for line in axis.lines if not line.get_label().startswith("_")}
+        assert names == {"random", "uniform", "pool", "resolution"}
+    assert len(styles) == len({style for _, style in styles}) == 4
+    assert len(panels[0].get_legend().get_texts()) == 4
+
+
+def test_without_baselines_the_figure_has_no_legend_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row for row in document()["arms"] if row["method"] not in ("uniform", "random")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        canvas = drawn(document() | {"arms": rows}, monkeypatch)
+    assert [axis.get_legend() for axis in canvas.axes] == [None] * len(canvas.axes)
+    assert not caplog.records
+
+
+def test_lower_resolution_is_a_baseline_in_the_verdicts() -> None:
+    rows = [*document()["arms"], arm("resolution", 64, 0.5, -0.4, -0.2)]
+    assert matrix.verdicts(document() | {"arms": rows}) == matrix.verdicts(document())
 
 
 def test_the_mean_of_tasks_is_resampled_scene_by_scene() -> None:

@@ -10,6 +10,7 @@ from edge_tokcomp.export.demo.questions import ask_all
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.export.reference_language import Prompt, ReferenceLanguage
 from edge_tokcomp.language.prompt import chat_prompt
+from edge_tokcomp.methods.layer_step import LayerState, LayerStep
 from edge_tokcomp.methods.layer_steps import read_layer_step
 from edge_tokcomp.models import DEMO_MMPROJ
 from edge_tokcomp.vlm import load
@@ -65,6 +66,50 @@ def test_every_step_sees_what_it_needs_and_leaves_what_it_says(vlm, reference):
         ("spectrum", [576, 288, 144, 0]),
     ):  # fmt: skip
         assert reference.generate(prompt, [read_layer_step(text)], [2], 2)[1] == wanted
+
+
+def test_steps_at_one_layer_act_one_after_the_other(vlm, reference):
+    prompt = prompt_of(vlm, vlm.encode(draw_scene((31, 7), "validation").image), "Describe the image.")
+    smooth, rough = read_layer_step("spectrum@0:0.3"), read_layer_step("spectrum@0:0.1,cutoff=1.0,centred=false")
+    answers = []
+    for first, second, counts in ((smooth, rough, (173, 58)), (rough, smooth, (58, 58))):
+        rows = np.arange(576)
+        for step, count in zip((first, second), counts, strict=True):
+            rows = rows[np.sort(np.argsort(-step.energy(prompt.image[rows]), kind="stable")[:count])]
+        dropped, seen = reference.generate(prompt, [first, second], [2], 24)
+        assert seen == [58] * reference.depth
+        left = Prompt(prompt.lead, prompt.image[rows], prompt.crop[rows], prompt.text)
+        assert dropped == reference.generate(left, [], [2], 24)[0]
+        answers.append(dropped)
+    assert answers[0] != answers[1]
+
+
+def test_the_second_step_at_a_layer_sees_the_rows_that_the_first_left(vlm, reference):
+    states: list[LayerState] = []
+
+    class Look(LayerStep):
+        name = "look"
+        attention = "previous"
+        looks_at_keys = True
+
+        def choose(self, state, amount):
+            states.append(state)
+            return np.arange(len(state))
+
+    prompt = prompt_of(vlm, vlm.encode(draw_scene((31, 8), "validation").image), "Describe the image.")
+    look, drop = Look(((2, 0.0),)), read_layer_step("pyramid@2:0.25")
+    assert reference.generate(prompt, [look, drop, look], [2], 1)[1] == [576, 576, 144, 144]
+    before, after = states
+    place = {row.tobytes(): number for number, row in enumerate(before.hidden)}
+    kept = np.array([place[row.tobytes()] for row in after.hidden])
+    assert len(kept) == len(set(kept)) == 144
+    rows = np.concatenate([np.arange(len(prompt.lead)), before.image[kept], before.text])
+    np.testing.assert_array_equal(after.attention, before.attention[:, rows])
+    np.testing.assert_array_equal(after.keys, before.keys[rows])
+    np.testing.assert_array_equal(after.words, before.words)
+    assert after.image.tolist() == [len(prompt.lead) + i for i in range(144)]
+    assert after.text.tolist() == [len(prompt.lead) + 144 + i for i in range(len(prompt.text))]
+    assert (after.entered, len(after.crop)) == (576, 144)
 
 
 def test_other_models_are_refused():

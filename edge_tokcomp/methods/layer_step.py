@@ -62,7 +62,7 @@ class LayerStep(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     amount: ClassVar[str]
-    """What the amount means, for the list of steps."""
+    """What the amount means, for the message that refuses one out of bounds."""
     attention: ClassVar[Literal["none", "previous", "next"]] = "none"
     looks_at_keys: ClassVar[bool] = False
     most: ClassVar[float] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -199,6 +200,8 @@ def read_layer_step(text: str) -> LayerStep:
     for part in (piece.strip() for piece in rest.split(",")) if sign else ():
         key, equals, value = part.partition("=")
         if equals:
+            if key.strip().rstrip("_") == "at":
+                raise UsageError(f"layer step {text!r}: at is written as {name}@LAYER:AMOUNT")
             options[key.strip()] = read_value(value.strip())
             continue
         layer, colon, amount = part.partition(":")
@@ -214,7 +217,8 @@ def read_layer_step(text: str) -> LayerStep:
 
 def _number(text: str, part: str) -> int | float:
     value = read_value(part.strip())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # The comparison fails for NaN, infinity and whole numbers that no float holds.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise UsageError(f"layer step {text!r}: {part.strip()!r} is not a number; write NAME@LAYER:AMOUNT")
     return value
 

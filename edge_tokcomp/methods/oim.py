@@ -42,11 +42,6 @@ class MergedGrid:
         height, width = features.shape[:2]
         return cls(features, keys, np.ones((height, width), np.int64), np.arange(height * width))
 
-    @property
-    def weight(self) -> NDArray[np.float64]:
-        """``(N,)``: each original cell's share in the cell it is in."""
-        return np.asarray(1.0 / self.size.ravel()[self.owner])
-
     def merge_rows(self, pairs: int, sharing: Sharing = "per-line", nudge: Nudge | None = None) -> MergedGrid:
         """Merge ``pairs`` disjoint neighbours in every row: width shrinks by ``pairs``.
 
