@@ -215,7 +215,13 @@ def test_of_fractions_that_fall_on_one_layer_the_last_counts():
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("fastv@8:0.5", "of a model of 8 layers"), ("pyramid@4,2:0.5", "must ascend"), ("pyramid@2,0.25:0.5", "twice")],
+    [
+        ("fastv@8:0.5", "of a model of 8 layers"),
+        ("pyramid@4,2:0.5", "must ascend"),
+        ("pyramid@2,0.25:0.5", "twice"),
+        ("fastv@0:0.5", "layer 0 has none"),
+        ("dart@0.1:0.5", "layer 0 has none"),
+    ],
 )
 def test_layers_a_model_does_not_have_are_refused(text, says):
     with pytest.raises(UsageError, match=says):

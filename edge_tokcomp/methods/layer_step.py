@@ -99,6 +99,8 @@ class LayerStep(ABC):
             number = math.floor(layer * depth) if isinstance(layer, float) else layer
             if number >= depth:
                 raise UsageError(f"{self.name}: layer {layer} of a model of {depth} layers (0 to {depth - 1})")
+            if number == 0 and (self.attention == "previous" or self.looks_at_keys):
+                raise UsageError(f"{self.name}: it looks at the layer before, and layer 0 has none; begin at layer 1")
             if number in found and not (isinstance(layer, float) and number in fractions):
                 raise UsageError(f"{self.name}: layer {number} is named twice")
             if found and number < max(found):
