@@ -291,20 +291,25 @@ class _Inputs:
     def candidates(self, patches: Ints, crops: tuple[int, ...], budget: int, seed: int) -> Candidates:
         layout, index = self.tokens.layout, like(patches, self.features)
         xp = array_namespace(self.features)
+        start, end = int(patches[0]), int(patches[-1]) + 1
+        run = end - start == len(patches)  # one after another, as a crop's are: a view will do
+
+        def rows_of(array: Array) -> Array:
+            return array[start:end, ...] if run else xp.take(array, index, axis=0)
 
         def project() -> Array:
-            return finite_float32("embeddings", xp.take(self.tokens.embeddings, index, axis=0), names=patches)
+            return finite_float32("embeddings", rows_of(self.tokens.embeddings), names=patches)
 
         attention, keys = self.optional["cls_attention"], self.optional["keys"]
         return Candidates(
-            features=xp.take(self.features, index, axis=0),
+            features=rows_of(self.features),
             grids=tuple(layout.grids[c] for c in crops),
             crop=np.searchsorted(crops, layout.crop[patches]).astype(np.int64),
             cell=layout.cell[patches],
             budget=budget,
             seed=(seed, crops[0]),
             cls_attention=None if attention is None else xp.take(attention, index, axis=1),
-            keys=None if keys is None else xp.take(keys, index, axis=0),
+            keys=None if keys is None else rows_of(keys),
             query=self.optional["query"],
             project=None if self.tokens.project is None else project,
             overview=layout.overview and crops[0] == 0,

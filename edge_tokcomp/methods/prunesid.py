@@ -96,17 +96,18 @@ class PruneSID(Method):
             score = to_numpy(rows.xp.sum(rows.cls_attention, axis=0, dtype=rows.xp.float64))
         else:
             score = np.max(lengths, axis=1)
-        unit = unit_rows(rows.features)
-        rho = mean_cosine(unit, self.rho_mode)
+        groups = [np.flatnonzero(member_of == group) for group in range(lengths.shape[1])]
+        groups = [members[np.argsort(-score[members], kind="stable")] for members in groups]
+        # Group by group: its rows fit the cache, all of them at once do not.
+        units = (unit_rows(rows.xp.take(rows.features, like(members, rows.features), axis=0)) for members in groups)
+        sums, cosines = zip(*((_sums(unit), to_numpy(settle(gram(unit)))) for unit in units), strict=True)
+        rho = _mean_cosine(sums, len(rows), self.rho_mode)
         tau = float(np.round(lambda_ * rho, 10))
 
         survivors: list[Ints] = []
         suppressed: list[Ints] = []
-        for group in range(lengths.shape[1]):
-            members = np.flatnonzero(member_of == group)
-            members = members[np.argsort(-score[members], kind="stable")]
-            near = to_numpy(settle(gram(rows.xp.take(unit, like(members, unit), axis=0))) > tau)
-            alive = survive(near, score[members] > 0)
+        for members, cosine in zip(groups, cosines, strict=True):
+            alive = survive(cosine > tau, score[members] > 0)
             survivors.append(members[alive])
             suppressed.append(members[~alive])
 
@@ -178,10 +179,22 @@ def mean_cosine(unit: Array, rho_mode: str) -> float:
 
     ``strict_upper``: mean over pairs i < j. ``qwen``: sum over i <= j divided by N * N.
     """
+    return _mean_cosine([_sums(unit)], unit.shape[0], rho_mode)
+
+
+def _sums(unit: Array) -> tuple[Array, float]:
+    """The sum ``(D,)`` of unit rows and that of their squared lengths."""
     xp = array_namespace(unit)
-    count = unit.shape[0]
-    total = xp.sum(unit, axis=0)
-    every, own = float(xp.sum(total * total)), float(xp.sum(xp.linalg.vecdot(unit, unit)))
+    return xp.sum(unit, axis=0), float(xp.sum(xp.linalg.vecdot(unit, unit)))
+
+
+def _mean_cosine(sums: Sequence[tuple[Array, float]], count: int, rho_mode: str) -> float:
+    """rho of ``count`` rows from the ``_sums`` of the parts they are in."""
+    total, own = sums[0]
+    for more, length in sums[1:]:
+        total, own = total + more, own + length
+    xp = array_namespace(total)
+    every = float(xp.sum(total * total))
     if rho_mode == "qwen":
         return (every + own) / float(2 * count**2)
     return (every - own) / float(max(count * (count - 1), 1))
