@@ -129,8 +129,8 @@ def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
         better = xp.nonzero(column > covered)[0]
         for block in blocks(better.shape[0], table.shape[1]):
             before, after = xp.take(covered, better[block])[:, None], xp.take(column, better[block])[:, None]
-            lost = xp.minimum(xp.maximum(xp.take(table, better[block], axis=0), before), after) - before
-            gain = gain - xp.sum(lost, axis=0) / scale
+            reach = xp.minimum(xp.maximum(xp.take(table, better[block], axis=0), before), after)
+            gain = gain - (xp.sum(reach, axis=0) - xp.sum(before)) / scale
         covered = xp.maximum(covered, column)
         return gain * worth
 
