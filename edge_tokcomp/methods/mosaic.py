@@ -80,15 +80,15 @@ class Mosaic(Method):
         return Merges(picks, assign, (share / mass[assign]).astype(np.float32))
 
     def likeness(self, rows: Candidates, unit: Array, k: int) -> Array:
-        """``(N, N)`` in 0..1, from the directions ``unit (N, D)``: one product, over directions and places at once."""
+        """``(N, N)`` in 0..1, from the directions ``unit (N, D)``."""
         xp = rows.xp
         height, width = rows.grids[0]
-        scale = math.sqrt(self.temperature / (height * width / k)) / self.reach
-        cells = like(np.stack(np.divmod(rows.cell, width), axis=1) * scale, unit)
-        alike = gram(xp.concat([unit, cells], axis=1))
+        cells = like(np.stack(np.divmod(rows.cell, width), axis=1) / (self.reach * math.sqrt(height * width / k)), unit)
         apart = xp.sum(cells * cells, axis=1) / 2
+        alike = gram(unit)
         for block in blocks(len(rows), len(rows)):
-            alike[block, :] = xp.exp((alike[block, :] - (1 + apart[block, None]) - apart[None, :]) / self.temperature)
+            near = cells[block, :] @ xp.matrix_transpose(cells) - apart[block, None] - apart[None, :]
+            alike[block, :] = xp.exp((alike[block, :] - 1) / self.temperature + near)
         return alike
 
     def importance(self, rows: Candidates, lengths: Array, k: int) -> Array:
