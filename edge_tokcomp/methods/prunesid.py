@@ -99,8 +99,8 @@ class PruneSID(Method):
         groups = [np.flatnonzero(member_of == group) for group in range(lengths.shape[1])]
         groups = [members[np.argsort(-score[members], kind="stable")] for members in groups]
         # Group by group: its rows fit the cache, all of them at once do not.
-        units = (unit_rows(rows.xp.take(rows.features, like(members, rows.features), axis=0)) for members in groups)
-        sums, cosines = zip(*((_sums(unit), to_numpy(settle(gram(unit)))) for unit in units), strict=True)
+        parts = (rows.xp.take(rows.features, like(members, rows.features), axis=0) for members in groups)
+        sums, cosines = zip(*map(_compared, parts), strict=True)
         rho = _mean_cosine(sums, len(rows), self.rho_mode)
         tau = float(np.round(lambda_ * rho, 10))
 
@@ -182,6 +182,18 @@ def mean_cosine(unit: Array, rho_mode: str) -> float:
     return _mean_cosine([_sums(unit)], unit.shape[0], rho_mode)
 
 
+def _compared(features: Array) -> tuple[tuple[Array, float], NDArray[np.float64]]:
+    """``_sums`` of the directions of ``features (c, D)``, and the cosines ``(c, c)`` between them, by one product."""
+    xp = array_namespace(features)
+    rows = xp.astype(features, xp.float64)
+    products = gram(rows)
+    length = xp.sqrt(xp.linalg.diagonal(products))
+    some = length > 0
+    factor = xp.where(some, 1 / xp.where(some, length, xp.ones_like(length)), xp.zeros_like(length))
+    cosines = settle(products * factor[:, None] * factor[None, :])
+    return (factor @ rows, float(xp.sum(xp.astype(some, xp.float64)))), to_numpy(cosines)
+
+
 def _sums(unit: Array) -> tuple[Array, float]:
     """The sum ``(D,)`` of unit rows and that of their squared lengths."""
     xp = array_namespace(unit)
@@ -217,7 +229,10 @@ def projections(features: Array, groups: int, centre: str) -> Array:
     if centre == "token":
         squashed -= xp.mean(squashed, axis=0, keepdims=True)
     narrow = width < count
-    energy, vectors = leading_eigenvectors(gram(xp.matrix_transpose(squashed) if narrow else squashed), groups)
+    products = gram(xp.matrix_transpose(squashed) if narrow else squashed)
+    if not narrow:
+        del squashed  # the largest array: the less is held at once, the less the next picture has to be given anew
+    energy, vectors = leading_eigenvectors(products, groups)
     noise = count * _EPSILON * energy[0]
     real = energy > noise
     if narrow:
