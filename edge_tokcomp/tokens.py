@@ -286,12 +286,14 @@ class Rows:
 
     ``embeddings (n, n_embd_inp) float32``; ``positions (n,) int32``, or ``(4, n)`` for M-RoPE; ``sequence``: the id of
     the sequence the rows belong to; ``want_logits (n,) bool``: rows whose logits are asked for (last only by default).
+    ``crop (n,) int64``: of an image row the image, crop or frame it belongs to, -1 for text; all text by default.
     """
 
     embeddings: NDArray[np.float32]
     positions: NDArray[np.int32]
     sequence: int = 0
     want_logits: NDArray[np.bool_] | None = None
+    crop: Ints | None = None
 
     def __post_init__(self) -> None:
         count = len(self.embeddings)
@@ -302,6 +304,8 @@ class Rows:
             raise ValueError(f"positions {self.positions.shape} must be ({count},) or (4, {count})")
         if self.want_logits is not None and self.want_logits.shape != (count,):
             raise ValueError(f"want_logits {self.want_logits.shape} must be ({count},)")
+        if self.crop is not None and self.crop.shape != (count,):
+            raise ValueError(f"crop {self.crop.shape} must be ({count},)")
 
     def __len__(self) -> int:
         return len(self.embeddings)

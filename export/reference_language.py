@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from edge_tokcomp.errors import TokcompError
-from edge_tokcomp.methods.layer_step import LayerState, LayerStep
+from edge_tokcomp.layer_state import LayerState
+from edge_tokcomp.methods.layer_step import LayerStep
 from edge_tokcomp.tokens import Ints
 
 Floats = NDArray[np.float32]

@@ -121,7 +121,7 @@ def test_failure_inside_llama_cpp_empties_the_sequences_of_that_batch(
     decoder: PlainDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder.decode([random_rows(5), random_rows(5, sequence=1)])
-    monkeypatch.setattr("edge_tokcomp.language.decoder._check_contiguous", lambda rows, *_: (0, 0))
+    monkeypatch.setattr("edge_tokcomp.language.batches._check_contiguous", lambda rows, *_: (0, 0))
     with pytest.raises(TokcompError, match=r"cannot decode 2 rows \(code -1"):
         decoder.decode([random_rows(2, 50)])
     monkeypatch.undo()

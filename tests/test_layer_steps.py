@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edge_tokcomp.errors import UsageError
-from edge_tokcomp.methods.layer_step import LayerState, LayerStep
+from edge_tokcomp.layer_state import LayerState
+from edge_tokcomp.methods.layer_step import LayerStep
 from edge_tokcomp.methods.layer_steps import (
     LAYER_STEPS,
     DuplicatesDrop,

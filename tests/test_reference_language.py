@@ -10,7 +10,8 @@ from edge_tokcomp.export.demo.questions import ask_all
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.export.reference_language import Prompt, ReferenceLanguage
 from edge_tokcomp.language.prompt import chat_prompt
-from edge_tokcomp.methods.layer_step import LayerState, LayerStep
+from edge_tokcomp.layer_state import LayerState
+from edge_tokcomp.methods.layer_step import LayerStep
 from edge_tokcomp.methods.layer_steps import read_layer_step
 from edge_tokcomp.models import DEMO_MMPROJ
 from edge_tokcomp.vlm import load

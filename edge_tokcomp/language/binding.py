@@ -1,4 +1,5 @@
-"""The one file that touches llama.cpp's C functions, through ``llama_cpp.llama_cpp`` (ctypes).
+"""The one file that touches llama.cpp's C functions, through ``llama_cpp.llama_cpp`` (ctypes); tensors of a running
+graph are ``readout``'s.
 
 Owns every C object: ``close()`` is idempotent, a model outlives its contexts, and what is still open at interpreter
 exit is freed in the right order. Checks here are only those that keep pointers valid; the rules about positions,
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TokcompError
+from .readout import Readout
 
 Floats = NDArray[np.float32]
 Int32s = NDArray[np.int32]
@@ -32,6 +34,8 @@ logger = logging.getLogger("edge_tokcomp.llama")
 
 # ggml_log_level of ggml.h: 1 debug, 2 info, 3 warning, 4 error. Errors are warnings here: what matters is raised.
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
+_EXPECTED = "dummy tokens"
+"""A warning about the stand-in vocabulary of layer segments, which is meant to be one."""
 _KV_TYPES = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}
 _FLASH_ATTENTION = {None: -1, False: 0, True: 1}
 
@@ -69,7 +73,8 @@ class _Backend:
         line, self._line = self._line.strip(), ""
         if self._level == _ERROR:
             self.errors.append(line)
-        logger.log(logging.WARNING if self._level in (_WARNING, _ERROR) else logging.DEBUG, "%s", line)
+        serious = self._level in (_WARNING, _ERROR) and not line.endswith(_EXPECTED)
+        logger.log(logging.WARNING if serious else logging.DEBUG, "%s", line)
 
     def attempt(self, call: Callable[[], Any]) -> Any:
         """Run a C call with the error list cleared, so that ``reason`` speaks of this call."""
@@ -230,8 +235,9 @@ class ContextOptions:
 class Context(Handle):
     """One llama_context: a key-value cache shared by all sequences, and the compute buffers to fill it."""
 
-    def __init__(self, model: Model, options: ContextOptions) -> None:
-        """Raises ``TokcompError`` when llama.cpp refuses, most often for want of memory."""
+    def __init__(self, model: Model, options: ContextOptions, readout: Readout | None = None) -> None:
+        """``readout``: what is told of the nodes of the graph. Raises ``TokcompError`` when llama.cpp refuses, most
+        often for want of memory."""
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, options.n_batch, options.n_ubatch
         params.n_seq_max, params.kv_unified = options.n_sequences, True
@@ -243,13 +249,15 @@ class Context(Handle):
         # A window-sized cache for sliding-window layers could neither be forked nor cut back.
         params.swa_full = True
         params.no_perf = True
+        if readout:
+            params.cb_eval, params.cb_eval_user_data = readout.callback, readout.user_data
         pointer = _backend.attempt(lambda: llama.llama_init_from_model(model.pointer, params))
         if not pointer:
             raise TokcompError(
                 f"llama.cpp cannot make a context of n_ctx {options.n_ctx} and n_ubatch {options.n_ubatch} "
                 f"({_backend.reason}); lower n_ctx"
             )
-        super().__init__(pointer, llama.llama_free, keep=model)
+        super().__init__(pointer, llama.llama_free, keep=(model, readout))
         model._contexts.add(self)
         self._n_vocab = model.n_vocab
         self._memory = llama.llama_get_memory(pointer)

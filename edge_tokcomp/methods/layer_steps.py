@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
+from ..layer_state import LayerState
 from ..tokens import Ints
 from .dart import take_turns
 from .kernels import settle, top_k, unit_rows
-from .layer_step import LayerState, LayerStep, highest, rows_of
-from .options import match_options, read_value, suggest
+from .layer_step import LayerStep, highest, rows_of
+from .options import describe_options, match_options, read_value, suggest
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,15 @@ LAYER_STEPS: dict[str, type[LayerStep]] = {
 }
 
 
+def read_layer_steps(steps: str | Sequence[str | LayerStep]) -> tuple[LayerStep, ...]:
+    """Steps as a text joins them by ``+``, or those of a list; none in an empty one.
+
+    Raises ``UsageError`` as ``read_layer_step``.
+    """
+    listed = (steps.split("+") if steps.strip() else []) if isinstance(steps, str) else steps
+    return tuple(read_layer_step(step) if isinstance(step, str) else step for step in listed)
+
+
 def read_layer_step(text: str) -> LayerStep:
     """The step written as ``NAME@LAYER:AMOUNT,LAYER:AMOUNT,OPTION=VALUE``.
 
@@ -213,6 +224,21 @@ def read_layer_step(text: str) -> LayerStep:
         raise UsageError(f"layer step {text!r}: layer {waiting[-1]} has no amount; write {name}@LAYER:AMOUNT")
     settings = match_options(cls, options)
     return cls(**({"at": tuple(at)} if at else {}) | settings)
+
+
+def layer_step_table() -> list[dict[str, Any]]:
+    """Every step: name, title, source, what its amount means, which attention it looks at, options with defaults."""
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "source": cls.source,
+            "amount": cls.amount,
+            "attention": cls.attention,
+            "options": describe_options(cls),
+        }
+        for name, cls in LAYER_STEPS.items()
+    ]
 
 
 def _number(text: str, part: str) -> int | float:

@@ -1,0 +1,113 @@
+"""What may stand in a batch, checked before llama.cpp sees it: widths, values, positions; and how it is cut into calls.
+
+llama.cpp aborts the process or answers -1 when these rules are broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tokens import Rows
+
+Stand = tuple[int, int]
+"""Where a sequence stands: its last row's (temporal) position and the highest of any section, -1 before the first."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """A batch laid end to end: ``embeddings (n, width)``, ``positions (n,)`` or ``(4, n)``, the rest ``(n,)``."""
+
+    embeddings: NDArray[np.float32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    wanted: NDArray[np.bool_]
+
+
+def join(batch: Sequence[Rows], *, multi_position: bool) -> Join:
+    """Lay ``batch`` end to end."""
+    positions = [sections(rows) if multi_position else rows.positions for rows in batch]
+    return Join(
+        np.concatenate([rows.embeddings for rows in batch]),
+        np.concatenate(positions, axis=-1).astype(np.int32),
+        np.repeat([rows.sequence for rows in batch], [len(rows) for rows in batch]).astype(np.int32),
+        np.concatenate([wanted(rows) for rows in batch]),
+    )
+
+
+def check_rows(
+    batch: Sequence[Rows], stand: Callable[[int], Stand], *, width: int, multi_position: bool, architecture: str
+) -> None:
+    """Raise ``ValueError`` for rows of another width, values that are not finite, positions the model does not allow.
+
+    ``stand``: where a sequence stands before the batch.
+    """
+    last = {rows.sequence: stand(rows.sequence) for rows in batch}
+    for rows in batch:
+        if not len(rows):
+            raise ValueError(f"a batch for sequence {rows.sequence} has no rows")
+        if rows.embeddings.shape[1] != width:
+            raise ValueError(f"rows are {rows.embeddings.shape[1]} wide, {architecture} takes {width}")
+        if not np.isfinite(rows.embeddings).all():
+            bad = int(np.flatnonzero(~np.isfinite(rows.embeddings).all(axis=1))[0])
+            raise ValueError(f"row {bad} of sequence {rows.sequence} holds values that are not finite")
+        check = _check_many if multi_position else _check_contiguous
+        last[rows.sequence] = check(rows, *last[rows.sequence])
+
+
+def wanted(rows: Rows) -> NDArray[np.bool_]:
+    """``(n,)``: the rows whose logits are asked for."""
+    if rows.want_logits is not None:
+        return rows.want_logits
+    last = np.zeros(len(rows), np.bool_)
+    last[-1:] = True
+    return last
+
+
+def sections(rows: Rows) -> NDArray[np.int32]:
+    """Positions ``(4, n)``; text has the same position in the first three sections and 0 in the last."""
+    if rows.positions.ndim == 2:
+        return rows.positions
+    return np.stack([rows.positions, rows.positions, rows.positions, np.zeros_like(rows.positions)])
+
+
+def parts(outputs: NDArray[np.bool_], most_rows: int, most_outputs: int) -> Iterator[slice]:
+    """Slices of at most ``most_rows`` rows with at most ``most_outputs`` of the ``outputs (n,)``."""
+    start = 0
+    while start < len(outputs):
+        stop = min(start + most_rows, len(outputs))
+        within = np.flatnonzero(outputs[start:stop])
+        if len(within) > most_outputs:
+            stop = start + int(within[most_outputs])
+        yield slice(start, stop)
+        start = stop
+
+
+def _check_contiguous(rows: Rows, last: int, _reach: int) -> Stand:
+    """Ordinary rotary models: no gap, no step back; returns the new last position, twice."""
+    if rows.positions.ndim != 1:
+        raise ValueError(f"this model takes one position a row, got {rows.positions.shape}")
+    expected = np.arange(last + 1, last + 1 + len(rows))
+    wrong = np.flatnonzero(rows.positions != expected)
+    if len(wrong):
+        raise ValueError(
+            f"row {wrong[0]} of sequence {rows.sequence} is at position {rows.positions[wrong[0]]}, "
+            f"but must follow at {expected[wrong[0]]}: positions may not leave gaps"
+        )
+    return int(expected[-1]), int(expected[-1])
+
+
+def _check_many(rows: Rows, last: int, reach: int) -> Stand:
+    """M-RoPE models: images may jump forward and share a time, text must move on; returns the new last and reach."""
+    times = rows.positions if rows.positions.ndim == 1 else rows.positions[0]
+    text = rows.positions.ndim == 1
+    least = reach + 1 if text else max(last, 0)
+    if times[0] < least or np.any(np.diff(times) < (1 if text else 0)) or rows.positions.min() < 0:
+        raise ValueError(
+            f"{'text' if text else 'image'} rows of sequence {rows.sequence} start at position {times[0]}, "
+            f"but must start at {least} or later and never step back"
+        )
+    return int(times[-1]), max(reach, int(rows.positions.max()))

@@ -1,0 +1,327 @@
+"""One llama.cpp context over consecutive layers of a model, all of them for a whole model, and its key-value cache.
+
+Every rule whose breach would end the process is checked here before the call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TokcompError, UsageError
+from ..tokens import Rows
+from . import binding
+from .batches import Join, Stand, check_rows, join, parts, wanted
+from .cells import Cells
+from .model import LanguageModel
+from .readout import Readout
+
+Floats = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+_MAX_SEQUENCES = 256
+_SPARE_OUTPUTS = 32
+_USUAL_CONTEXT = 4096
+_BOOKKEEPING_BYTES = 64
+"""What llama.cpp and ``Cells`` note about one cell, roughly."""
+
+Self = TypeVar("Self", bound="Segment")
+
+
+class Segment:
+    """A context and what is in its cache.
+
+    When a call into llama.cpp fails half-way, the sequences of that batch are emptied, so that the state is known.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        n_ctx: int | None = None,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_sequences: int = 1,
+        threads: int | None = None,
+        threads_batch: int | None = None,
+        flash_attention: bool | None = None,
+        offload_kv: bool = True,
+        kv_type: Literal["f16", "f32"] = "f16",
+        n_outputs: int | None = None,
+        readout: Readout | None = None,
+    ) -> None:
+        """``n_ctx``: the model's own up to 4096 by default. ``threads`` for single rows, ``threads_batch`` for batches;
+        ``None`` takes the model's, then every core. ``flash_attention``: ``None`` lets llama.cpp decide, except that it
+        is off for ``kv_type="f32"``, because it rounds to f16. ``n_outputs``: output rows of one call, by default a
+        few. ``readout``: for ``tensors``.
+
+        Raises ``UsageError`` for options out of range, ``TokcompError`` when the context cannot be made.
+        """
+        n_ctx = usual_context(model) if n_ctx is None else n_ctx
+        sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_sequences": n_sequences}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UsageError(f"{name} {value} is not a positive number")
+        if n_sequences > min(_MAX_SEQUENCES, n_batch):
+            raise UsageError(
+                f"n_sequences {n_sequences} is more than n_batch {n_batch} or llama.cpp's limit of {_MAX_SEQUENCES}"
+            )
+        if kv_type not in ("f16", "f32"):
+            raise UsageError(f"kv_type {kv_type!r} is unknown; choose f16 or f32")
+        if threads is None:
+            threads = model.threads or available_cores()
+        if threads_batch is None:
+            threads_batch = threads
+        if min(threads, threads_batch) < 1:
+            raise UsageError(f"threads {threads} and threads_batch {threads_batch} must be positive")
+        if flash_attention is None and kv_type == "f32":
+            flash_attention = False
+        check_memory(n_ctx, model.kv_bytes_per_row(kv_type))
+        self._model, self._readout = model, readout
+        self._n_sequences = n_sequences
+        # llama.cpp reserves a buffer of n_outputs x n_vocab floats: 300 MB for 512 rows of a 150 000 token vocabulary.
+        self._n_outputs = min(n_batch, n_outputs or max(n_sequences, _SPARE_OUTPUTS))
+        self._context = binding.Context(
+            model.handle,
+            binding.ContextOptions(
+                n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_sequences=n_sequences, n_outputs=self._n_outputs,
+                threads=threads, threads_batch=threads_batch, flash_attention=flash_attention, offload_kv=offload_kv,
+                kv_type=kv_type,
+            ),
+            readout,
+        )  # fmt: skip
+        if not self._context.has_memory:
+            self._context.close()
+            raise TokcompError(f"{model.path}: {model.architecture} keeps no state, so it cannot generate text")
+        self._cells = Cells(self._context.n_ctx, n_sequences)
+
+    @property
+    def n_ctx(self) -> int:
+        """Rows that all sequences together may hold; rows shared by a fork count once."""
+        return self._context.n_ctx
+
+    @property
+    def n_batch(self) -> int:
+        """Rows of one call into llama.cpp; larger batches are split."""
+        return self._context.n_batch
+
+    @property
+    def n_ubatch(self) -> int:
+        """Rows computed at once: the largest non-causal batch."""
+        return self._context.n_ubatch
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequence ids run from 0 to this, exclusive."""
+        return self._n_sequences
+
+    @property
+    def row_width(self) -> int:
+        """Width of the rows fed in, ``n_embd_inp``."""
+        return self._model.n_embd_inp
+
+    @property
+    def room(self) -> int:
+        """Rows that still fit."""
+        return self._cells.room
+
+    def length(self, sequence: int) -> int:
+        """The position at which text may follow."""
+        self.check_sequence(sequence)
+        return self._cells.length(sequence)
+
+    def rows(self, sequence: int) -> int:
+        """Rows held by a sequence."""
+        return self._cells.rows(sequence)
+
+    def logits(self, batch: Sequence[Rows], *, causal: bool = True) -> list[Logits]:
+        """Append the rows of ``batch``, which may belong to several sequences; later ``Rows`` see earlier ones.
+
+        For each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows it wants, by default its last. Batches above
+        ``n_batch`` take several calls. ``causal=False`` lets rows of one sequence see one another in both directions
+        (Gemma-3 images); such a batch must fit ``n_ubatch``.
+
+        Raises ``TokcompError`` when the rows do not fit the context or the micro-batch, ``ValueError`` for rows of the
+        wrong width, with non-finite values or at positions the model does not allow.
+        """
+        _ = self._context.pointer  # a closed context says so before anything else
+        if not batch:
+            return []
+        whole = self._checked(batch, causal)
+        answers = np.empty((int(whole.wanted.sum()), self._model.n_vocab), np.float32)
+        if self._readout:
+            self._readout.expect(())
+        done = 0
+
+        def take(part: slice) -> None:
+            nonlocal done
+            for row in np.flatnonzero(whole.wanted[part]):
+                self._context.copy_logits(int(row), answers[done])
+                done += 1
+
+        self._run(batch, whole, causal, list(parts(whole.wanted, self.n_batch, self._n_outputs)), take)
+        counts = [int(wanted(rows).sum()) for rows in batch]
+        return np.split(answers, np.cumsum(counts)[:-1])
+
+    def tensors(self, batch: Sequence[Rows], names: Sequence[str], *, causal: bool = True) -> list[Floats]:
+        """As ``logits``, but give tensors of the graph for all rows of the batch, and compute no further than these.
+
+        ``names``: ``l_out-N`` gives ``(n, n_embd)``, ``Qcur-N`` and ``Kcur-N`` rotated ``(n, heads, head_dim)``.
+        """
+        _ = self._context.pointer
+        if self._readout is None:
+            raise ValueError("this context was made without a readout")
+        readout = self._readout
+        whole = self._checked(batch, causal)
+        # The last layer of a graph computes output rows only; its queries and keys come before that.
+        every = np.full(len(whole.wanted), any(name.startswith("l_out") for name in names))
+        found: list[list[Floats]] = [[] for _ in names]
+        # A call is one micro-batch, since the next overwrites what is read. Models with a recurrent state compute
+        # sequences of different lengths in several.
+        ends = np.cumsum([len(rows) for rows in batch]).tolist() if self._model.recurrent else [len(every)]
+        most = min(self.n_ubatch, self.n_batch)
+        calls = [
+            slice(start + part.start, start + part.stop)
+            for start, end in zip([0, *ends], ends, strict=False)
+            for part in parts(every[start:end], most, self._n_outputs)
+        ]
+        readout.expect(names)
+
+        def take(_part: slice) -> None:
+            for arrays, array in zip(found, readout.take(), strict=True):
+                arrays.append(array)
+            readout.expect(names)
+
+        self._run(batch, Join(whole.embeddings, whole.positions, whole.sequences, every), causal, calls, take)
+        return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in found]
+
+    def fork(self, source: int, target: int) -> None:
+        """Let the empty sequence ``target`` share all rows of ``source``; nothing is computed or copied."""
+        self.check_sequence(source)
+        self.check_sequence(target)
+        if self._cells.rows(target):
+            raise ValueError(f"sequence {target} holds {self._cells.rows(target)} rows; drop it before forking into it")
+        self._context.copy_sequence(source, target)
+        self._cells.fork(source, target)
+
+    def drop(self, sequence: int, start: int | None = None) -> None:
+        """Forget positions from ``start`` on, or the whole sequence.
+
+        Raises ``ValueError`` when a recurrent or hybrid model is asked to forget a part: its state cannot be cut back.
+        """
+        self.check_sequence(sequence)
+        if start is None or start <= 0:
+            self._context.remove(sequence)
+            self._cells.drop(sequence)
+        elif start <= self._cells.last(sequence):
+            if self._model.recurrent or not self._context.remove(sequence, start):
+                raise ValueError(
+                    f"a {self._model.architecture} model cannot forget a part of a sequence; fork before the part"
+                )
+            self._cells.drop(sequence, start)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._context.clear()
+        self._cells.clear()
+
+    def close(self) -> None:
+        """Free the context; a second call does nothing."""
+        self._context.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        self.close()
+
+    def check_sequence(self, sequence: int) -> None:
+        """Raise ``ValueError`` for a sequence this context was not made for."""
+        if not 0 <= sequence < self._n_sequences:
+            raise ValueError(f"sequence {sequence} is outside 0..{self._n_sequences - 1}; make the decoder with more")
+
+    def _stand(self, sequence: int) -> Stand:
+        self.check_sequence(sequence)
+        return self._cells.last(sequence), self._cells.length(sequence) - 1
+
+    def _checked(self, batch: Sequence[Rows], causal: bool) -> Join:
+        model = self._model
+        check_rows(
+            batch, self._stand, width=self.row_width, multi_position=model.multi_position,
+            architecture=model.architecture,
+        )  # fmt: skip
+        whole = join(batch, multi_position=model.multi_position)
+        count, asked = len(whole.wanted), int(whole.wanted.sum())
+        if count > self.room:
+            raise TokcompError(
+                f"{count} rows of image and prompt do not fit: {self.room} of {self.n_ctx} context rows are free; "
+                f"raise n_ctx by {count - self.room} or more, or keep fewer image tokens"
+            )
+        if not causal and count > self.n_ubatch:
+            raise TokcompError(
+                f"{count} image rows that see one another must be computed at once, but n_ubatch is {self.n_ubatch}; "
+                f"raise n_ubatch and n_batch to {count} or more, or keep fewer image tokens"
+            )
+        if not causal and asked > self._n_outputs:
+            raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
+        return whole
+
+    def _run(
+        self, batch: Sequence[Rows], whole: Join, causal: bool, calls: Sequence[slice], take: Callable[[slice], None]
+    ) -> None:
+        try:
+            with self._attention(causal):
+                for part in calls:
+                    self._context.decode(
+                        whole.embeddings[part], whole.positions[..., part], whole.sequences[part],
+                        whole.wanted[part].astype(np.int8),
+                    )  # fmt: skip
+                    take(part)
+            for rows in batch:
+                self._cells.add(rows.sequence, rows.positions)
+        except BaseException:
+            for sequence in {rows.sequence for rows in batch}:
+                self._context.remove(sequence)
+                self._cells.drop(sequence)
+            raise
+
+    @contextmanager
+    def _attention(self, causal: bool) -> Iterator[None]:
+        if causal:
+            yield
+            return
+        self._context.set_causal(False)
+        try:
+            yield
+        finally:
+            self._context.set_causal(True)
+
+
+def usual_context(model: LanguageModel) -> int:
+    """Rows of context where nothing else is asked for."""
+    return min(model.n_ctx_train, _USUAL_CONTEXT)
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_memory(n_ctx: int, bytes_per_row: int) -> None:
+    """Refuse a cache beyond the machine: the system would end the process instead of llama.cpp saying no."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = n_ctx * (bytes_per_row + _BOOKKEEPING_BYTES)
+    if needed > memory:
+        raise TokcompError(
+            f"n_ctx {n_ctx} needs {needed / 2**30:.1f} GiB for the key-value cache, this machine has "
+            f"{memory / 2**30:.1f} GiB; lower n_ctx"
+        )

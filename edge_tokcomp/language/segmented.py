@@ -1,0 +1,464 @@
+"""A model run in layer segments, a context each, with image rows dropped between them.
+
+llama.cpp has no way to run a part of the layers, nor to give layers different rows: its cache cells are shared by all.
+A GGUF that holds some of the layers is a model to it, though. So hidden states leave one context as an array, rows are
+dropped, and the others enter the next context as its embeddings. Text rows are never dropped. A generated token passes
+through all segments.
+
+Ordinary rotary models must hold contiguous positions in every context: rows that are left are renumbered, and the text
+after an image moves towards the text before it. M-RoPE models keep every row at its own position.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from ..layer_state import LayerState
+from ..tokens import Ints, Rows
+from .batches import Stand, check_rows, sections, wanted
+from .decoder import Positions
+from .history import History
+from .model import LanguageModel
+from .readout import Readout
+from .row_attention import final_norm, head_scale, text_attention
+from .segment import Logits, Segment, check_memory, usual_context
+from .segment_files import SegmentFiles
+
+Floats = NDArray[np.float32]
+
+
+class Pruning(Protocol):
+    """A rule that says which image rows live on at a layer; ``methods.layer_step.LayerStep`` is what is meant."""
+
+    @property
+    def attention(self) -> Literal["none", "previous", "next"]:
+        """The layer whose attention it looks at."""
+
+    @property
+    def looks_at_keys(self) -> bool:
+        """Whether it looks at the keys of the layer before."""
+
+    def layers(self, depth: int) -> dict[int, float]:
+        """Layer to amount."""
+
+    def survivors(self, state: LayerState, amount: float) -> Ints:
+        """The image rows that live on."""
+
+
+@dataclass(eq=False)
+class _Flow:
+    """The rows of one sequence on their way through the segments.
+
+    ``number (n,)``: which of the rows that came in are left. ``attention``, ``keys``: of the layer before, over the
+    rows held and these.
+    """
+
+    sequence: int
+    hidden: Floats
+    positions: NDArray[np.int32]
+    crop: Ints
+    want: NDArray[np.bool_]
+    number: Ints
+    entered: int
+    attention: Floats | None = None
+    keys: Floats | None = None
+    kept: list[Ints] = field(default_factory=list)
+
+    @property
+    def image(self) -> Ints:
+        return np.flatnonzero(self.crop >= 0)
+
+    @property
+    def question(self) -> Ints:
+        """The text rows after the last image row."""
+        image = self.image
+        return np.arange(image[-1] + 1 if len(image) else 0, len(self.crop))
+
+    def keep(self, rows: Ints, held: int) -> None:
+        """Let only ``rows`` go on, of those behind the ``held`` ones."""
+        self.hidden, self.positions, self.crop = self.hidden[rows], self.positions[..., rows], self.crop[rows]
+        self.want, self.number = self.want[rows], self.number[rows]
+        whole = np.concatenate([np.arange(held), held + rows])
+        self.attention = None if self.attention is None else self.attention[:, whole]
+        self.keys = None if self.keys is None else self.keys[whole]
+
+
+class SegmentedDecoder:
+    """The ``Decoder`` of a model that was cut; without ``steps`` it computes what the whole model does.
+
+    ``model``: the last segment, which has vocabulary and tokenizer. ``seconds``: time spent so far in each segment,
+    and in choosing rows (``choose``).
+    """
+
+    def __init__(
+        self, models: Sequence[LanguageModel], cuts: Sequence[int], steps: Sequence[Pruning] = (), **options: Any
+    ) -> None:
+        """``models``: the segments in order. ``cuts``: the first layer of all but the first. ``options``: as for
+        ``Segment``, for each. Raises what ``Segment`` and ``set_steps`` raise."""
+        self.model = models[-1]
+        self._n_layer = sum(model.n_layer for model in models)
+        self._first = (0, *cuts)
+        self._n_sequences = int(options.pop("n_sequences", 1))
+        bytes_per_row = sum(model.kv_bytes_per_row(options.get("kv_type", "f16")) for model in models)
+        check_memory(options.get("n_ctx") or usual_context(self.model), bytes_per_row)
+        self.set_steps(steps)
+        with ExitStack() as stack:
+            self._segments: list[Segment] = []
+            for model in models:
+                own: dict[str, Any] = dict(options)
+                if model is not self.model:
+                    # A call reads all its rows from one micro-batch.
+                    own["n_batch"] = own["n_outputs"] = min(own.get("n_ubatch", 512), own.get("n_batch", 2048))
+                segment = Segment(model, n_sequences=self._n_sequences + 1, readout=Readout(), **own)
+                self._segments.append(stack.enter_context(segment))
+            self._stack = stack.pop_all()
+        self._models = tuple(models)
+        self._spare = self._n_sequences
+        self.seconds = {**{f"segment {number}": 0.0 for number in range(len(models))}, "choose": 0.0}
+        self.clear()
+
+    @classmethod
+    def open(
+        cls, files: SegmentFiles, steps: Sequence[Pruning] = (), *, gpu_layers: int = 0, threads: int | None = None,
+        use_mmap: bool = True, **options: Any,
+    ) -> SegmentedDecoder:  # fmt: skip
+        """Load the segments of a cut model; ``close`` frees them. ``gpu_layers``: as for the whole model, -1 for all.
+
+        Raises ``TokcompError`` and ``UsageError`` as ``LanguageModel.open`` and the class do.
+        """
+        shares = _gpu_shares(gpu_layers, [stop - start for start, stop in _ranges(files)])
+        with ExitStack() as stack:
+            models = [
+                stack.enter_context(LanguageModel.open(path, gpu_layers=share, threads=threads, use_mmap=use_mmap))
+                for path, share in zip(files.paths, shares, strict=True)
+            ]
+            decoder = cls(models, files.cuts, steps, **options)
+            for model in models:
+                decoder._stack.callback(model.close)
+            stack.pop_all()
+        return decoder
+
+    @property
+    def n_ctx(self) -> int:
+        return self._segments[0].n_ctx
+
+    @property
+    def n_batch(self) -> int:
+        return self._segments[0].n_batch
+
+    @property
+    def n_ubatch(self) -> int:
+        return self._segments[0].n_ubatch
+
+    @property
+    def n_sequences(self) -> int:
+        return self._n_sequences
+
+    @property
+    def n_layer(self) -> int:
+        return self._n_layer
+
+    @property
+    def n_vocab(self) -> int:
+        return self.model.n_vocab
+
+    @property
+    def row_width(self) -> int:
+        return self._segments[0].row_width
+
+    @property
+    def room(self) -> int:
+        return self._segments[0].room
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether a step looks at the question."""
+        return any(step.attention != "none" or step.looks_at_keys for at in self._at.values() for step, _ in at)
+
+    @property
+    def positions(self) -> Positions:
+        """``renumbered`` for ordinary rotary models with steps."""
+        return "renumbered" if self._at and not self.model.multi_position else "original"
+
+    def set_steps(self, steps: Sequence[Pruning]) -> None:
+        """Prune by ``steps`` from now on; steps at one layer act in this order. Everything is forgotten.
+
+        Raises ``UsageError`` for a layer at which the model is not cut.
+        """
+        at: dict[int, list[tuple[Pruning, float]]] = {}
+        for step in steps:
+            for layer, amount in step.layers(self._n_layer).items():
+                if layer not in self._first:
+                    cuts = ", ".join(map(str, self._first[1:]))
+                    raise UsageError(
+                        f"{step}: acts at layer {layer}, but the model is cut at {cuts}; cut it at {layer} too "
+                        "(edge-tokcomp split), or name the uncut file"
+                    )
+                at.setdefault(layer, []).append((step, amount))
+        self._at = at
+        self._final_norm = None
+        if any(step.looks_at_keys for entries in at.values() for step, _ in entries):
+            self._final_norm = final_norm(self.model.header)
+        if hasattr(self, "_segments"):
+            self.clear()
+
+    def length(self, sequence: int) -> int:
+        """The position at which text may follow."""
+        return self._stand(sequence)[1] + 1
+
+    def layer_share(self, sequence: int) -> float:
+        """Of the image rows that entered, the share a layer holds on average; 1 where none did."""
+        history = self._history[self._checked(sequence)]
+        entered = int(history.image.sum())
+        depths = [model.n_layer for model in self._models]
+        return float(np.dot(history.layer_counts, depths) / (entered * self._n_layer)) if entered else 1.0
+
+    def decode(self, batch: Sequence[Rows], *, causal: bool = True) -> list[Logits]:
+        """As ``Segment.logits``, with image rows dropped on the way.
+
+        Where ``looks_at_text``, image rows come in one batch with the text after them, after text that came before. No
+        logits can be had of image rows that may be dropped. Raises ``ValueError`` where that does not hold.
+        """
+        if not batch:
+            return []
+        check_rows(
+            batch, self._stand, width=self.row_width, multi_position=self.model.multi_position,
+            architecture=self.model.architecture,
+        )  # fmt: skip
+        flows = self._flows(batch)
+        self._check_flows(flows)
+        came = {flow.sequence: (flow.positions, flow.crop >= 0) for flow in flows}
+        try:
+            for number in range(len(self._segments)):
+                started = time.perf_counter()
+                for flow in flows:
+                    self._prune(number, flow)
+                    flow.kept.append(flow.number)
+                chosen = time.perf_counter()
+                answers = self._pass(number, [flow for flow in flows if len(flow.number)], causal)
+                self.seconds["choose"] += chosen - started
+                self.seconds[f"segment {number}"] += time.perf_counter() - chosen
+            for flow in flows:
+                history = self._history[flow.sequence]
+                self._history[flow.sequence] = history.add(*came[flow.sequence], flow.kept)
+        except BaseException:
+            for flow in flows:
+                self.drop(flow.sequence)
+            raise
+        return _split(batch, flows, answers)
+
+    def fork(self, source: int, target: int) -> None:
+        """Let the empty sequence ``target`` share all that ``source`` holds, in every segment."""
+        self._checked(source)
+        self._checked(target)
+        for segment in self._segments:
+            segment.fork(source, target)
+        self._history[target] = self._history[source]
+        for keys in self._lead_keys.values():
+            if source in keys:
+                keys[target] = keys[source]
+
+    def drop(self, sequence: int, start: int | None = None) -> None:
+        """Forget positions from ``start`` on, or the whole sequence; see ``Segment.drop``."""
+        history = self._history[self._checked(sequence)]
+        left = history.until(0 if start is None else start)
+        for segment, rows, was in zip(self._segments, left.held, history.held, strict=True):
+            if len(rows) < len(was):
+                segment.drop(sequence, start if self.model.multi_position and len(rows) else len(rows))
+            elif start is None:
+                segment.drop(sequence)  # a call that failed may have left rows that no history tells of
+        self._history[sequence] = left
+        for keys in self._lead_keys.values():
+            if sequence in keys:
+                keys[sequence] = keys[sequence][: len(left.time)]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for segment in self._segments:
+            segment.clear()
+        self._history = [History.empty(len(self._segments)) for _ in range(self._n_sequences)]
+        # Keys of the text before the image, by layer and sequence: what attention to it is computed from.
+        self._lead_keys: dict[int, dict[int, Floats]] = {layer: {} for layer in self._looked_at()}
+
+    def close(self) -> None:
+        """Free the contexts, and the models that ``open`` loaded; a second call does nothing."""
+        self._stack.close()
+
+    def __enter__(self) -> SegmentedDecoder:
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        self.close()
+
+    def _checked(self, sequence: int) -> int:
+        if not 0 <= sequence < self._n_sequences:
+            raise ValueError(f"sequence {sequence} is outside 0..{self._n_sequences - 1}; make the decoder with more")
+        return sequence
+
+    def _stand(self, sequence: int) -> Stand:
+        return self._history[self._checked(sequence)].stand
+
+    def _looked_at(self) -> set[int]:
+        """Layers whose keys a step looks at."""
+        layers: set[int] = set()
+        for layer, entries in self._at.items():
+            for step, _ in entries:
+                if step.attention == "next":
+                    layers.add(layer)
+                elif step.attention == "previous" or step.looks_at_keys:
+                    layers.add(layer - 1)
+        return layers
+
+    def _flows(self, batch: Sequence[Rows]) -> list[_Flow]:
+        """The rows of each sequence, one after another."""
+        flows = []
+        for sequence in dict.fromkeys(rows.sequence for rows in batch):
+            mine = [rows for rows in batch if rows.sequence == sequence]
+            positions = [sections(rows) if self.model.multi_position else rows.positions for rows in mine]
+            crop = np.concatenate([np.full(len(r), -1, np.int64) if r.crop is None else r.crop for r in mine])
+            flows.append(_Flow(
+                sequence, np.concatenate([rows.embeddings for rows in mine]), np.concatenate(positions, axis=-1), crop,
+                np.concatenate([wanted(rows) for rows in mine]), np.arange(len(crop)), int((crop >= 0).sum()),
+            ))  # fmt: skip
+        return flows
+
+    def _check_flows(self, flows: Sequence[_Flow]) -> None:
+        for flow in flows:
+            if not flow.entered or not self._at:
+                continue
+            if np.any(flow.want & (flow.crop >= 0)):
+                raise ValueError(
+                    f"logits of image rows of sequence {flow.sequence} are wanted, but these may be dropped; "
+                    "want none of them (want_logits)"
+                )
+            if not self.looks_at_text:
+                continue
+            if not len(flow.question):
+                raise ValueError("a step looks at the question: decode the image in one batch with the text after it")
+            history = self._history[flow.sequence]
+            if any(len(keys.get(flow.sequence, ())) != len(history.time) for keys in self._lead_keys.values()):
+                raise ValueError(
+                    "a step looks at the attention of the question to all before it: decode all images of a sequence "
+                    "in one batch, before anything is generated"
+                )
+
+    def _prune(self, number: int, flow: _Flow) -> None:
+        layer, held = self._first[number], self._segments[number].rows(flow.sequence)
+        looks = any(step.attention == "next" for step, _ in self._at.get(layer, ()))
+        if looks and not flow.entered and self._is_lead(flow):
+            (keys,) = self._probe(number, flow, ["Kcur-0"])
+            self._note_keys(layer, flow.sequence, keys)
+        for step, amount in self._at.get(layer, ()):
+            image, text = flow.image, flow.question
+            if not len(image):
+                return
+            attention = flow.attention
+            if step.attention == "next":
+                queries, keys = self._probe(number, flow, ["Qcur-0", "Kcur-0"])
+                attention = self._attention(layer, flow, queries, keys)
+            state = LayerState(
+                flow.hidden[image, : self.model.n_embd], flow.crop[image], flow.entered, held + image, held + text,
+                attention if step.attention != "none" else None, flow.keys, flow.hidden[text, : self.model.n_embd],
+                self._final_norm,
+            )  # fmt: skip
+            stay = step.survivors(state, amount)
+            flow.keep(np.sort(np.concatenate([np.flatnonzero(flow.crop < 0), image[stay]])), held)
+        flow.attention = flow.keys = None
+
+    def _pass(self, number: int, flows: Sequence[_Flow], causal: bool) -> list[Logits]:
+        """Run one segment, and leave its hidden states in the flows; the last one gives logits."""
+        if not flows:
+            return []
+        segment = self._segments[number]
+        batch = [self._rows(number, flow) for flow in flows]
+        if number == len(self._segments) - 1:
+            return segment.logits(batch, causal=causal)
+        last = self._models[number].n_layer - 1
+        layer = self._first[number] + last
+        names = [f"l_out-{last}"]
+        steps = [step for step, _ in self._at.get(layer + 1, ()) if step.attention == "previous" or step.looks_at_keys]
+        looking = [flow for flow in flows if flow.entered or self._is_lead(flow)] if steps else []
+        if looking:
+            names += [f"Qcur-{last}", f"Kcur-{last}"]
+        tensors = segment.tensors(batch, names, causal=causal)
+        ends = np.cumsum([len(flow.number) for flow in flows])[:-1]
+        for flow, *parts in zip(flows, *(np.split(tensor, ends) for tensor in tensors), strict=True):
+            flow.hidden = parts[0]
+            if flow in looking and flow.entered:
+                flow.attention = self._attention(layer, flow, parts[1], parts[2])
+                lead = self._lead_keys[layer].get(flow.sequence)
+                whole = parts[2] if lead is None else np.concatenate([lead, parts[2]])
+                flow.keys = np.abs(whole).sum(axis=(1, 2))
+            elif flow in looking:
+                self._note_keys(layer, flow.sequence, parts[2])
+        return []
+
+    def _rows(self, number: int, flow: _Flow) -> Rows:
+        """What a flow feeds a segment."""
+        positions = flow.positions
+        if not self.model.multi_position:
+            start = self._segments[number].length(flow.sequence)
+            positions = np.arange(start, start + len(flow.number), dtype=np.int32)
+        return Rows(flow.hidden, positions, flow.sequence, flow.want)
+
+    def _is_lead(self, flow: _Flow) -> bool:
+        """Whether it is text that may come before an image, and not a token that was generated."""
+        history = self._history[flow.sequence]
+        text = not flow.entered and not history.image.any()
+        return text and (len(flow.number) > 1 or not len(history.time))
+
+    def _probe(self, number: int, flow: _Flow, names: Sequence[str]) -> list[Floats]:
+        """Queries and keys of a segment's first layer, had the flow gone on as it is; in a sequence of its own."""
+        segment, rows = self._segments[number], self._rows(number, flow)
+        segment.fork(flow.sequence, self._spare)
+        try:
+            return segment.tensors([Rows(rows.embeddings, rows.positions, self._spare)], names)
+        finally:
+            segment.drop(self._spare)
+
+    def _attention(self, layer: int, flow: _Flow, queries: Floats, keys: Floats) -> Floats:
+        lead = self._lead_keys[layer].get(flow.sequence)
+        whole = keys if lead is None else np.concatenate([lead, keys])
+        return text_attention(queries[flow.question], whole, head_scale(self.model.header, keys.shape[2]))
+
+    def _note_keys(self, layer: int, sequence: int, keys: Floats) -> None:
+        earlier = self._lead_keys[layer].get(sequence)
+        self._lead_keys[layer][sequence] = keys if earlier is None else np.concatenate([earlier, keys])
+
+
+def _split(batch: Sequence[Rows], flows: Sequence[_Flow], answers: Sequence[Logits]) -> list[Logits]:
+    """The logits of each flow, for each ``Rows`` of the batch."""
+    rest = dict(zip((flow.sequence for flow in flows if len(flow.number)), answers, strict=True))
+    found = []
+    for rows in batch:
+        count = int(wanted(rows).sum())
+        whole = rest.get(rows.sequence)
+        if whole is None:
+            raise ValueError(f"sequence {rows.sequence} was left without rows")
+        found.append(whole[:count])
+        rest[rows.sequence] = whole[count:]
+    return found
+
+
+def _ranges(files: SegmentFiles) -> list[tuple[int, int]]:
+    return list(zip((0, *files.cuts), (*files.cuts, files.depth), strict=True))
+
+
+def _gpu_shares(gpu_layers: int, layers: Sequence[int]) -> list[int]:
+    """What each segment is loaded with: llama.cpp counts from the end, the output first."""
+    if gpu_layers < 0:
+        return [gpu_layers] * len(layers)
+    shares, rest = [], gpu_layers
+    for number, count in enumerate(reversed(layers)):
+        own = min(rest, count + (number == 0))
+        shares.append(own + (number > 0 and own > 0))
+        rest -= own
+    return shares[::-1]
