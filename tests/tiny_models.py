@@ -5,8 +5,10 @@ The vocabulary is SentencePiece-like, with all byte tokens, so any text has toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,6 +22,10 @@ CHATML = (
 )
 _WORDS = "a the of in on and is are red green blue small large cat dog bird square circle left right two what this"
 _SECTIONS = (2, 3, 3, 0)
+ARCHITECTURES = (
+    "llama", "mistral3", "internlm2", "phi3", "granite", "qwen2", "qwen3", "qwen2vl", "qwen3vl", "gemma2", "gemma3",
+    "lfm2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,20 +98,33 @@ def write_tiny_model(
     quantization: str = "F32",
     chat_template: str | None = None,
     seed: int = 0,
+    tied: bool = False,
+    rope_freqs: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    tensors_per_file: int = 0,
 ) -> TinyModel:
-    """As ``write_tiny_llama`` for ``llama``, ``qwen2``, ``gemma2``, ``gemma3``, ``qwen2vl``, ``qwen3vl`` and ``lfm2``.
+    """As ``write_tiny_llama`` for ``ARCHITECTURES``.
 
     ``qwen3vl`` takes three deepstack slices, so it needs four layers or more; in ``lfm2`` every other layer, from the
-    first, is a convolution.
+    first, is a convolution. ``tied``: without an output matrix. ``rope_freqs``: with factors for rotary frequencies.
+    ``extra``: metadata of the architecture, over what is written otherwise (``None`` leaves a key out).
+    ``tensors_per_file``: in several files, named as ``model-00001-of-00003.gguf`` for ``model.gguf``.
     """
+    weights = _weights(architecture, n_embd, n_layer, n_head, n_vocab, seed)
+    if tied:
+        del weights["output.weight"]
+    if rope_freqs:
+        weights["rope_freqs.weight"] = np.linspace(1, 4, n_embd // n_head // 2, dtype=np.float32)
+    path = Path(path)
+    writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=tensors_per_file)
+    if tensors_per_file:
+        path = path.with_name(f"{path.stem}-00001-of-{-(-len(weights) // tensors_per_file):05}.gguf")
     model = TinyModel(
-        Path(path), architecture, n_embd, n_layer, n_head, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5,
-        _weights(architecture, n_embd, n_layer, n_head, n_vocab, seed),
+        path, architecture, n_embd, n_layer, n_head, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5, weights
     )  # fmt: skip
-    writer = gguf.GGUFWriter(str(path), architecture)
-    _write_metadata(writer, model, chat_template)
+    _write_metadata(writer, model, chat_template, extra or {})
     kind = GGMLQuantizationType[quantization]
-    for name, weight in model.weights.items():
+    for name, weight in weights.items():
         if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = weight[pair_order(n_embd, n_head)]
         if weight.ndim == 1 or kind == GGMLQuantizationType.F32:
@@ -119,32 +138,32 @@ def write_tiny_model(
     return model
 
 
-def _write_metadata(writer: gguf.GGUFWriter, model: TinyModel, chat_template: str | None) -> None:
+def _write_metadata(
+    writer: gguf.GGUFWriter, model: TinyModel, chat_template: str | None, extra: Mapping[str, Any]
+) -> None:
     head = model.n_embd // model.n_head
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"tiny {model.architecture}")
-    writer.add_context_length(model.n_ctx_train)
-    writer.add_embedding_length(model.n_embd)
-    writer.add_block_count(model.n_layer)
-    writer.add_feed_forward_length(model.n_ff)
-    writer.add_head_count(model.n_head)
+    values: dict[str, Any] = {
+        "context_length": model.n_ctx_train, "embedding_length": model.n_embd, "block_count": model.n_layer,
+        "feed_forward_length": model.n_ff, "attention.head_count": model.n_head,
+        "attention.head_count_kv": model.n_head, "attention.key_length": head, "attention.value_length": head,
+        "rope.dimension_count": head, "rope.freq_base": model.rope_base,
+        "attention.layer_norm_rms_epsilon": model.norm_eps, "vocab_size": model.n_vocab,
+    }  # fmt: skip
     if model.architecture == "lfm2":
-        writer.add_head_count_kv([model.n_head * (layer % 2) for layer in range(model.n_layer)])
-        writer.add_shortconv_l_cache(3)
-    else:
-        writer.add_head_count_kv(model.n_head)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(model.rope_base)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    writer.add_vocab_size(model.n_vocab)
+        values["attention.head_count_kv"] = [model.n_head * (layer % 2) for layer in range(model.n_layer)]
+        values["shortconv.l_cache"] = 3
     if model.architecture.startswith("gemma"):
-        writer.add_sliding_window(32)
+        values["attention.sliding_window"] = 32
     if model.architecture.endswith("vl"):
-        writer.add_rope_dimension_sections(list(_SECTIONS))
+        values["rope.dimension_sections"] = list(_SECTIONS)
     if model.architecture == "qwen3vl":
-        writer.add_num_deepstack_layers(3)
+        values["n_deepstack_layers"] = 3
+    if model.architecture == "granite":
+        values |= {"embedding_scale": 12.0, "residual_scale": 0.25, "logit_scale": 8.0, "attention.scale": 0.1}
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name("tiny")  # llama.cpp asks more of the vocabulary where the name says phi3
+    for key, value in (values | extra).items():
+        _write_value(writer, f"{model.architecture}.{key}", value)
     tokens, scores, types = tiny_vocabulary(model.n_vocab)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -157,6 +176,19 @@ def _write_metadata(writer: gguf.GGUFWriter, model: TinyModel, chat_template: st
     writer.add_add_space_prefix(True)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
+
+
+def _write_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
 def _weights(
@@ -186,10 +218,16 @@ def _weights(
         }
         if architecture in ("qwen2", "qwen2vl"):
             block |= {f"attn_{part}.bias": 0.1 * matrix(1, n_embd)[0] for part in "qkv"}
-        if architecture in ("gemma3", "qwen3vl", "lfm2"):
+        if architecture in ("gemma3", "qwen3", "qwen3vl", "lfm2"):
             block |= {f"attn_{part}_norm.weight": norm(head) for part in "qk"}
         if architecture.startswith("gemma"):
             block |= {"post_attention_norm.weight": norm(n_embd), "post_ffw_norm.weight": norm(n_embd)}
+        if architecture == "phi3":  # one matrix for queries, keys and values, one for gate and up
+            block = {
+                name: weight for name, weight in block.items() if not name.startswith(("attn_q", "attn_k", "attn_v"))
+            }
+            block |= {"attn_qkv.weight": matrix(3 * n_embd, n_embd), "ffn_up.weight": matrix(2 * n_ff, n_embd)}
+            del block["ffn_gate.weight"]
         if architecture == "lfm2" and layer % 2 == 0:
             block = {name: weight for name, weight in block.items() if name.startswith(("ffn", "attn_norm"))}
             block |= {

@@ -46,11 +46,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensor table of one file; ``arrays`` holds the length of each array value."""
+    """Metadata and tensor table of one file; ``arrays`` holds the length of each array value.
+
+    ``spans``: where each metadata entry (key, type and value) lies, ``(first byte, byte after the last)``, in order.
+    """
 
     path: Path
     metadata: Mapping[str, str | int | float | bool]
     arrays: Mapping[str, int]
+    spans: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, TensorInfo]
 
     def text(self, key: str) -> str:
@@ -160,7 +164,9 @@ def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
     n_tensors, n_values = cursor.count(24), cursor.count(13)
     metadata: dict[str, str | int | float | bool] = {}
     arrays: dict[str, int] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
+        start = cursor.offset
         key = cursor.string()
         if key in metadata or key in arrays:
             raise ValueError(f"metadata key {key!r} stands there twice")
@@ -173,8 +179,9 @@ def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
             metadata[key] = cursor.take(_SCALARS[kind])
         else:
             raise ValueError(f"metadata key {key!r} has the unknown type {kind}")
+        spans[key] = (start, cursor.offset)
     tensors = _tensors(path, cursor, n_tensors, metadata.get("general.alignment", 32))
-    return GgufHeader(path, metadata, arrays, tensors)
+    return GgufHeader(path, metadata, arrays, spans, tensors)
 
 
 def _skip_array(cursor: _Cursor) -> int:
