@@ -40,13 +40,15 @@ class EncodedImage(SeenImage):
 
     ``method``, ``keep``: how it was compressed; ``question``: for what, if the method looks at the question, else None.
     Asked another question, such a picture is compressed anew.
-    ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included.
+    ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included;
+    ``crop (n,) int64``: the crop each is of, -1 for that text.
     ``timings_ms`` has ``compress`` too (scoring, selection and projector).
     ``share``: how ``keep`` came about where a budget is shared among pictures (``dynamic``).
     """
 
     plan: Plan
     rows: NDArray[np.float32]
+    crop: Ints
     method: Method
     keep: int | float
     question: str | None
@@ -58,6 +60,7 @@ class Answer:
     """Text and how it came about.
 
     ``finish_reason``: ``stop``, ``length`` (``max_tokens``) or ``context`` (no room left).
+    ``layer_tokens``: image tokens that a layer of the language model held, on average; ``tokens_after`` enter it.
     ``timings_ms``: the stages of every image, 0 for one that was encoded for an earlier question; ``prefill`` (prompt
     and image rows to the first logits), ``first_token`` (all of these together: what a person waits for), ``generate``.
     """
@@ -66,6 +69,7 @@ class Answer:
     finish_reason: str
     tokens_before: int
     tokens_after: int
+    layer_tokens: float
     prompt_tokens: int
     generated_tokens: int
     timings_ms: dict[str, float]

@@ -276,6 +276,8 @@ class _Job:
         shared: dict[str, str | float] = {}
         if share:
             shared = {"dynamic": share.by, "information": share.information, "information_mean": share.mean}
+        if self.vlm.layer_steps:
+            shared["layer_tokens"] = round(answer.layer_tokens, 1)
         raised = {name: int(stats[name]) for name in ("keep_asked", "keep_raised") if name in stats}
         cut = _cut_short(answer.finish_reason)
         return replace(

@@ -150,9 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--keeps", nargs="+", type=int, metavar="K", help="its budgets (default: 288 192 128 64 32 16)"
     )
+    evaluate.add_argument(
+        "--steps", nargs="+", metavar="S", help="its layer steps, each beside none at all (default: none)"
+    )
     _model_options(evaluate)
 
-    methods = _verb(verbs, "methods", "list the compression methods and their options")
+    methods = _verb(verbs, "methods", "list the compression methods and layer steps, with their options")
     methods.add_argument("--json", action="store_true", help="as JSON")
 
     compress = _verb(verbs, "compress", "run a method on arrays of your own")
@@ -168,6 +171,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("mmproj", metavar="MMPROJ.gguf")
     export.add_argument("--out", required=True, metavar="DIR")
     export.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+
+    split = _verb(verbs, "split", "cut a language model into layer segments, for pruning between its layers")
+    split.add_argument("lm", metavar="LM.gguf")
+    split.add_argument("--at", required=True, metavar="L,L,...", help="layers that begin a segment, as in 8,16,24")
+    split.add_argument("--out", metavar="DIR", help="a new folder for the segments (default: in the cache)")
+    split.add_argument("--no-verify", action="store_true", help="do not run the segments against the whole model")
+    split.add_argument("--threads", type=int, metavar="N", help="for that check (default: all cores)")
     return parser
 
 
@@ -180,7 +190,8 @@ def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str,
 
 def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--lm", metavar="LM.gguf", help="language model; the bundled demo model without it")
+    group.add_argument("--lm", metavar="LM.gguf", help="language model, or a folder of its segments (see `split`); "
+                       "the bundled demo model without it")  # fmt: skip
     group.add_argument("--mmproj", metavar="MMPROJ.gguf", help="vision tower and projector")
     group.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the tower (default fp32)")
     group.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where the tower runs")
@@ -191,12 +202,15 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True)
     group.add_argument("--ctx", type=int, metavar="N", help="rows of context (default: the model's, up to 4096)")
     group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 100 000 000)")
     if not compression:
-        parser.set_defaults(keep=None, method=None, dynamic=None, seed=0)
+        parser.set_defaults(keep=None, method=None, dynamic=None, layer_steps=None, seed=0)
         return
     group = parser.add_argument_group("compression")
     group.add_argument("--keep", metavar="K", help="image tokens kept: 64, 0.25 or 25%% (default: all; with "
                        "--method a quarter)")  # fmt: skip
     group.add_argument("--method", metavar="M", help="how they are chosen (default mosaic), see `methods`")
+    group.add_argument("--layer-steps", metavar="S", help="drop image tokens inside the language model too, as in "
+                       "spectrum@8:0.5,16:0.25,24:0 or fastv@2:0.5, several joined by +; layers by number or as a "
+                       "fraction of the depth; see `methods`")  # fmt: skip
     group.add_argument("--dynamic", choices=("batch", "running", "calibrated"), help="more tokens for pictures with "
                        "more to see, half to twice --keep, which is the mean: over all pictures of the run, exactly "
                        "(batch: each is scored first, so the tower runs twice); over those so far (running); over "

@@ -17,7 +17,8 @@ from .errors import UsageError
 from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
 from .methods import TowerMethod, get_method, method_table
-from .methods.options import spell
+from .methods.layer_step import spell_steps
+from .methods.options import describe_options, spell
 from .text import printable, unheard
 
 if TYPE_CHECKING:
@@ -155,13 +156,15 @@ def _dry_run(
     skip = count_done(vlm, sources, parameters, done, sidecar, overwrite)
     lines = {
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
-        "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.model.n_layer} layers)",
+        "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.decoder.n_layer} layers)",
         "tower": f"{vlm.mmproj} ({encoder.family.name}, {encoder.precision}, {encoder.tower.provider_reason})",
         "image tokens": f"{describe(before, after)} a crop{shared}, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
         "prompt": parameters.prompt,
     }
+    if vlm.layer_steps:
+        lines["layer steps"] = f"{spell_steps(vlm.layer_steps)}, positions {vlm.decoder.positions}"
     for name, value in lines.items():
         print(f"{name:15} {value}")  # noqa: T201
     return 0
@@ -173,7 +176,8 @@ def ask(options: argparse.Namespace) -> int:
     image = _open(options)
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question)
-        print(f"image tokens {_told(encoded)}", file=sys.stderr)  # noqa: T201
+        steps = f", layer steps {spell_steps(vlm.layer_steps)}" if vlm.layer_steps else ""
+        print(f"image tokens {_told(encoded)}{steps}", file=sys.stderr)  # noqa: T201
         for piece in vlm.ask(encoded, options.question, stream=True, max_tokens=options.max_tokens):
             print(piece, end="", flush=True)  # noqa: T201
     print()  # noqa: T201
@@ -272,8 +276,10 @@ def eval(options: argparse.Namespace) -> int:
         return _eval_matrix(options)
     if options.dynamic not in (None, "batch"):
         raise UsageError(f"--dynamic {options.dynamic}: the scenes are one batch; use --dynamic batch")
-    if options.methods or options.keeps:
-        raise UsageError("--methods and --keeps belong to --matrix DIR; write --method and --keep for one run")
+    if options.methods or options.keeps or options.steps:
+        raise UsageError(
+            "--methods, --keeps and --steps belong to --matrix DIR; write --method, --keep and --layer-steps for one"
+        )
     with _load(options) as vlm:
         result = evaluate(
             vlm, scenes=options.scenes, seed=options.seed, wrong_image=options.wrong_image, tuning=options.tuning
@@ -286,24 +292,28 @@ def _eval_matrix(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .matrix import DEFAULT_KEEPS, DEFAULT_METHODS, run_matrix, write_report
+    from .methods.layer_steps import read_layer_steps
 
-    if any((options.method, options.keep, options.dynamic, options.wrong_image, options.json)):
+    alone = ("method", "keep", "dynamic", "layer_steps", "wrong_image", "json")
+    if any(getattr(options, name) for name in alone):
         raise UsageError(
-            "--matrix DIR takes --methods and --keeps; --method, --keep, --dynamic, --wrong-image and --json do not go "
-            "with it"
+            "--matrix DIR takes --methods, --keeps and --steps; --method, --keep, --dynamic, --layer-steps, "
+            "--wrong-image and --json do not go with it"
         )
     names, keeps = options.methods or DEFAULT_METHODS, options.keeps or DEFAULT_KEEPS
     if min(keeps) < 1:
         raise UsageError(f"--keeps {min(keeps)} leaves no token")
     for name in names:
         get_method(name)
+    steps = options.steps or []
+    options.layer_steps = [step for text in steps for step in read_layer_steps(text)]
     command = f"edge-tokcomp eval --scenes {options.scenes} --seed {options.seed} --matrix {options.matrix}"
     command += " --tuning" * options.tuning
-    for flag, values in (("--methods", options.methods), ("--keeps", options.keeps)):
+    for flag, values in (("--methods", options.methods), ("--keeps", options.keeps), ("--steps", options.steps)):
         command += f" {flag} {' '.join(map(str, values))}" if values else ""
     with _load(options) as vlm, tqdm(total=options.scenes, unit="scene", file=sys.stderr) as bar:
         document = run_matrix(
-            vlm, names, keeps, scenes=options.scenes, seed=options.seed, tuning=options.tuning,
+            vlm, names, keeps, steps, scenes=options.scenes, seed=options.seed, tuning=options.tuning,
             told=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     try:
@@ -315,11 +325,14 @@ def _eval_matrix(options: argparse.Namespace) -> int:
 
 
 def methods(options: argparse.Namespace) -> int:
-    """List the methods."""
+    """List the methods, and the steps inside the language model."""
+    from .methods.layer_steps import LAYER_STEPS, layer_step_table
+
     table = method_table()
     if options.json:
-        print(json.dumps(table, indent=2))  # noqa: T201
+        print(json.dumps({"methods": table, "layer_steps": layer_step_table()}, indent=2))  # noqa: T201
         return 0
+    print("methods (--method), before the language model:")  # noqa: T201
     for row in table:
         needs = f"  needs {', '.join(row['needs'])}" if row["needs"] else ""
         print(f"{row['name']:15} {row['title']}{needs}")  # noqa: T201
@@ -327,6 +340,14 @@ def methods(options: argparse.Namespace) -> int:
         if row["options"]:
             settings = ", ".join(f"{name}={spell(value['default'])}" for name, value in row["options"].items())
             print(f"{'':15} {settings}")  # noqa: T201
+    print("\nlayer steps (--layer-steps NAME@LAYER:AMOUNT,...), inside it:")  # noqa: T201
+    for name, step in LAYER_STEPS.items():
+        print(f"{name:15} {step.title}; amount: {step.amount}")  # noqa: T201
+        print(f"{'':15} {step.source}")  # noqa: T201
+        defaults = {option: value["default"] for option, value in describe_options(step).items()}
+        at = ",".join(f"{layer}:{amount:g}" for layer, amount in defaults.pop("at"))
+        settings = ", ".join(f"{option}={spell(value)}" for option, value in defaults.items())
+        print(f"{'':15} {name}@{at}{', ' * bool(settings)}{settings}")  # noqa: T201
     return 0
 
 
@@ -357,6 +378,35 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def split(options: argparse.Namespace) -> int:
+    """Cut a language model into segments; their folder goes to stdout."""
+    from .export.check_segments import read_check
+    from .export.split import cached_segments, split_model
+    from .language.gguf_header import read_header, split_files
+    from .language.segment_files import SegmentFiles
+
+    try:
+        at = [int(layer) for layer in options.at.split(",")]
+    except ValueError as fault:
+        raise UsageError(f"--at {options.at}: name layers by number, as in --at 8,16,24") from fault
+    verify, threads = not options.no_verify, _positive("--threads", options.threads)
+    size = sum(path.stat().st_size for path in split_files(read_header(options.lm))) / 1e6
+    print(f"{options.lm}, {size:,.1f} MB: cutting it before layers {', '.join(map(str, at))}", file=sys.stderr)  # noqa: T201
+    if options.out is None:
+        folder = cached_segments(options.lm, at, verify=verify, threads=threads)
+    else:
+        folder = split_model(options.lm, at, options.out, verify=verify, threads=threads)
+    files = SegmentFiles.read(folder)
+    bounds = [0, *files.cuts, files.depth]
+    for path, start, stop in zip(files.paths, bounds, bounds[1:], strict=False):
+        line = f"{path.name}: layers {start} to {stop - 1}, {path.stat().st_size / 1e6:,.1f} MB"
+        print(line, file=sys.stderr)  # noqa: T201
+    check = read_check(folder)
+    print(f"against the whole model: {check}" if check else "not run against the whole model", file=sys.stderr)  # noqa: T201
+    print(folder)  # noqa: T201
+    return 0
+
+
 def _open(options: argparse.Namespace) -> Image:
     """The picture, before a model is loaded for it."""
     return open_image(options.image, max_pixels=_max_pixels(options))
@@ -371,7 +421,8 @@ def _load(options: argparse.Namespace) -> VLM:
 
     return load(
         options.lm, options.mmproj, method=options.method, keep=options.keep, dynamic=options.dynamic,
-        precision=options.precision, provider=options.provider, gpu_layers=options.gpu_layers,
+        layer_steps=options.layer_steps or (), precision=options.precision, provider=options.provider,
+        gpu_layers=options.gpu_layers,
         threads=_positive("--threads", options.threads), n_ctx=_positive("--ctx", options.ctx), seed=options.seed,
         max_pixels=_max_pixels(options),
     )  # fmt: skip

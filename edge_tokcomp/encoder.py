@@ -104,13 +104,13 @@ class ImageEncoder:
             plan = method.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         crop = tokens.layout.crop[plan.keep]  # of plan.order as well, which stays within a crop
-        rows = np.concatenate([
-            kept[crop == part] if isinstance(part, int) else self._embed(part, True) for part in seen.parts
-        ])  # fmt: skip
+        parts = [kept[crop == part] if isinstance(part, int) else self._embed(part, True) for part in seen.parts]
+        owners = [part if isinstance(part, int) else -1 for part in seen.parts]
         clock.stop("compress")
         return EncodedImage(
-            seen.image, tokens, seen.parts, {**seen.timings_ms, **clock.times}, seen.variant, seen.owner, plan, rows,
-            method, keep, question if asked else None, share,
+            seen.image, tokens, seen.parts, {**seen.timings_ms, **clock.times}, seen.variant, seen.owner, plan,
+            np.concatenate(parts), np.repeat(owners, [len(part) for part in parts]), method, keep,
+            question if asked else None, share,
         )  # fmt: skip
 
     def _open(self, picture: Picture) -> Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from .answers import SeenImage
 from .dynamic import Claim, share_batch
 from .errors import TokcompError
 from .methods import Method, get_method
+from .methods.layer_step import LayerStep, spell_steps
 from .vlm import VLM
 
 EVAL_SEED, ASK_SEED = 9000, 9001
@@ -32,22 +33,33 @@ PLACED = ("place", "placed caption")
 RESAMPLES = 2000
 
 
+Scores = dict[str, NDArray[np.float64]]
+"""Task to ``(scenes,)``: the score on each scene, NaN where the task was not asked."""
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way of running the model that is scored; ``dynamic``: the scenes share their budget, as one batch."""
+    """One way of running the model that is scored; ``dynamic``: the scenes share their budget, as one batch;
+    ``steps``: what is dropped inside the language model."""
 
     method: Method
     keep: int | float
     dynamic: bool = False
+    steps: tuple[LayerStep, ...] = ()
 
     @property
     def name(self) -> str:
         label = str(self.method) if not self.method.compresses else f"{self.method} {self.keep}"
-        return label + " dynamic" * self.dynamic
+        return label + " dynamic" * self.dynamic + "".join(f" + {step}" for step in self.steps)
 
 
-Scores = dict[str, NDArray[np.float64]]
-"""Task to ``(scenes,)``: the score on each scene, NaN where the task was not asked."""
+class Scored(NamedTuple):
+    """Of one arm: its scores, and means over scenes of the image tokens that entered the language model and of those
+    that a layer held."""
+
+    scores: Scores
+    tokens: float
+    layer_tokens: float
 
 
 def evaluate(
@@ -57,15 +69,20 @@ def evaluate(
 
     A model that was loaded with ``dynamic`` shares its budget over them, as one batch.
     ``wrong_image`` encodes another scene than the questions are about: what is left is what the text alone gives.
-    Returns ``method, keep, dynamic, scenes, tuning, seed, tokens, seconds`` and, for each of ``tasks``, ``score``, the
-    bounds ``low`` and ``high`` of its 95 % bootstrap interval, and ``n``, the scenes asked (several questions on one
-    count as their mean); for a compressing method also ``none`` and ``difference`` with its paired interval.
+    Returns ``method, keep, dynamic, layer_steps, scenes, tuning, seed, tokens, layer_tokens, seconds`` and, for each of
+    ``tasks``, ``score``, the bounds ``low`` and ``high`` of its 95 % bootstrap interval, and ``n``, the scenes asked
+    (several questions on one count as their mean); for a compressing method or layer steps also ``none`` and
+    ``difference`` with its paired interval.
     """
     started = time.perf_counter()
     dynamic = vlm.sharing is not None
-    arms = [Arm(get_method("none"), 1.0)] + ([Arm(vlm.method, vlm.keep, dynamic)] if vlm.method.compresses else [])
-    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image, tuning=tuning)
-    plain, mine = scores[0], scores[-1]
+    steps = vlm.layer_steps
+    arms = [Arm(get_method("none"), 1.0)]
+    if vlm.method.compresses or steps:
+        arms.append(Arm(vlm.method, vlm.keep, dynamic, steps))
+    scored = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image, tuning=tuning)
+    vlm.set_layer_steps(steps)
+    plain, mine = scored[0].scores, scored[-1].scores
     tasks: dict[str, dict[str, float]] = {}
     for task in mine:
         row = summarise(mine[task])
@@ -76,7 +93,8 @@ def evaluate(
             tasks[task] |= paired(mine[task], plain[task])
     return {
         "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "tuning": tuning,
-        "seed": seed, "wrong_image": wrong_image, "tokens": tokens[-1], "model": vlm.lm.name,
+        "seed": seed, "wrong_image": wrong_image, "layer_steps": spell_steps(steps), "tokens": scored[-1].tokens,
+        "layer_tokens": round(scored[-1].layer_tokens, 1), "model": vlm.lm.name,
         "precision": vlm.encoder.precision, "version": __version__,
         "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip
@@ -85,8 +103,11 @@ def evaluate(
 def score_arms(
     vlm: VLM, arms: Sequence[Arm], *, scenes: int, seed: int, wrong_image: bool = False, tuning: bool = False,
     told: Callable[[int], None] | None = None,
-) -> tuple[list[Scores], list[float]]:  # fmt: skip
-    """Score every arm on the same scenes, encoded once for each way the tower is run; also each arm's mean tokens."""
+) -> list[Scored]:  # fmt: skip
+    """Score every arm on the same scenes, encoded once for each way the tower is run.
+
+    Arms with steps need a model that is cut at their layers (``UsageError``).
+    """
     try:
         from .export.demo.questions import TASKS, ask_all, object_f1, placed_f1
         from .export.demo.scenes import draw_scene
@@ -102,16 +123,21 @@ def score_arms(
     other = scenes if wrong_image else 0
     keeps = _keeps(arms, (vlm.see(drawn(index + other).image) for index in range(scenes)))
     sums = [{task: np.zeros((scenes, 2)) for task in (*TASKS, *PLACED)} for _ in arms]
-    tokens = np.zeros(len(arms))
+    tokens, layer_tokens, asked = np.zeros(len(arms)), np.zeros(len(arms)), 0
     for index in range(scenes):
         scene = drawn(index)
         questions = ask_all(scene, np.random.default_rng((ask, seed, index)), vary=False)
+        asked += len(questions)
         seen = vlm.see((drawn(index + other) if wrong_image else scene).image)
         for number, arm in enumerate(arms):
             compressed = vlm.compress(seen, arm.method, keeps[number][index] if arm.dynamic else arm.keep)
             tokens[number] += len(compressed.plan)
+            if arm.steps != vlm.layer_steps:
+                vlm.set_layer_steps(arm.steps)
             for question in questions:
-                text = vlm.answer(compressed, question.text, max_tokens=160).text
+                answer = vlm.answer(compressed, question.text, max_tokens=160)
+                text = answer.text
+                layer_tokens[number] += answer.layer_tokens
                 right = object_f1(text, scene) if question.task == "caption" else float(_same(text, question.answer))
                 sums[number][question.task][index] += (right, 1)
                 if question.task == "caption":
@@ -119,7 +145,11 @@ def score_arms(
         if told:
             told(index + 1)
     with np.errstate(invalid="ignore"):
-        return [{task: s[:, 0] / s[:, 1] for task, s in arm.items()} for arm in sums], (tokens / scenes).tolist()
+        scores = [{task: s[:, 0] / s[:, 1] for task, s in arm.items()} for arm in sums]
+    return [
+        Scored(*each)
+        for each in zip(scores, (tokens / scenes).tolist(), (layer_tokens / max(asked, 1)).tolist(), strict=True)
+    ]
 
 
 def _keeps(arms: Sequence[Arm], scenes: Iterable[SeenImage]) -> list[list[int]]:
@@ -165,8 +195,11 @@ def paired(scores: NDArray[np.float64], plain: NDArray[np.float64]) -> dict[str,
 
 def report(result: dict[str, Any]) -> str:
     """The result as a table for people."""
+    inside = ""
+    if result["layer_steps"]:
+        inside = f"layer steps {result['layer_steps']}: {result['layer_tokens']:.0f} a layer, "
     lines = [
-        f"{result['method']}, {result['tokens']:.0f} image tokens{' on average' * result['dynamic']}, "
+        f"{result['method']}, {result['tokens']:.0f} image tokens{' on average' * result['dynamic']}, {inside}"
         f"{result['scenes']} scenes, {result['seconds']:.0f} s"
         + (", shown the wrong image" if result["wrong_image"] else "")
     ]

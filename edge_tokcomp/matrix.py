@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .errors import TokcompError
 from .evaluation import PLACED, RESAMPLES, Arm, Scores, score_arms, summarise
+from .matrix_figure import BASELINES, figure, steps_figure
 from .methods import METHODS, get_method
+from .methods.layer_step import spell_steps
+from .methods.layer_steps import read_layer_steps
 from .vlm import VLM
 
-BASELINES = ("random", "uniform", "pool", "resolution")
 VARIANTS = (
     "todre:form=k_center", "divprune:centred=true", "divprune:centred=true,distinctive=true", "scope:centred=true",
     "cdpruner:centred=true,distinctive=true", "mmtok:centred=true",
@@ -27,39 +29,53 @@ DEFAULT_KEEPS = (288, 192, 128, 64, 32, 16)
 
 
 def run_matrix(
-    vlm: VLM, methods: Sequence[str], keeps: Sequence[int], *, scenes: int, seed: int = 0, tuning: bool = False,
-    told: Callable[[int], None] | None = None,
+    vlm: VLM, methods: Sequence[str], keeps: Sequence[int], steps: Sequence[str] = (), *, scenes: int, seed: int = 0,
+    tuning: bool = False, told: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score every method at every budget, and ``none``, on the same scenes and questions.
+    """Score every method at every budget, without layer steps and with each of ``steps``, and ``none`` before them all,
+    on the same scenes and questions. For steps the model has to be cut at their layers.
 
-    Returns the settings and ``arms``, ``none`` first: ``method, keep, tokens, tasks`` (as ``evaluate`` has them) and
-    ``mean`` of the tasks' scores, ``difference`` of that to ``none`` and ``retention`` (share of ``none``'s mean), each
-    with its 95 % bootstrap interval (``_low``, ``_high``): scenes drawn anew, the same ones for all arms. ``best`` and
-    ``baseline``: the best of all arms and of the baselines at that budget, and the interval of the difference to it.
+    Returns the settings and ``arms``, ``none`` first: ``method, keep, layer_steps, tokens, layer_tokens, tasks`` (as
+    ``evaluate`` has them) and ``mean`` of the tasks' scores, ``difference`` of that to ``none`` and ``retention``
+    (share of ``none``'s mean), each with its 95 % bootstrap interval (``_low``, ``_high``): scenes drawn anew, the same
+    ones for all arms. ``best`` and ``baseline``: the best of all arms without steps and of the baselines among them at
+    that budget, and the interval of the difference to it. ``unpruned``: for an arm with steps, the difference to that
+    method and budget without.
     """
     started = time.perf_counter()
-    arms = [Arm(get_method("none"), 1.0), *(Arm(get_method(name), keep) for name in methods for keep in keeps)]
-    scores, tokens = score_arms(vlm, arms, scenes=scenes, seed=seed, tuning=tuning, told=told)
+    inside = [(), *(read_layer_steps(text) for text in steps)]
+    arms = [Arm(get_method("none"), 1.0)]
+    for method in map(get_method, methods):
+        for keep in keeps if method.compresses else (1.0,):
+            arms += [Arm(method, keep, steps=each) for each in inside if method.compresses or each]
+    scored = score_arms(vlm, arms, scenes=scenes, seed=seed, tuning=tuning, told=told)
     draws = np.random.default_rng(0).integers(scenes, size=(RESAMPLES, scenes))
-    means = [_task_mean(result, draws) for result in scores]
+    means = [_task_mean(result.scores, draws) for result in scored]
     plain = means[0]
     rows = []
-    for arm, result, count, mean in zip(arms, scores, tokens, means, strict=True):
-        row: dict[str, Any] = {"method": str(arm.method), "keep": arm.keep, "tokens": count}
-        row["tasks"] = {task: summarise(values) for task, values in result.items()}
+    for arm, result, mean in zip(arms, scored, means, strict=True):
+        row: dict[str, Any] = {"method": str(arm.method), "keep": arm.keep, "layer_steps": spell_steps(arm.steps)}
+        row |= {"tokens": result.tokens, "layer_tokens": round(result.layer_tokens, 1)}
+        row["tasks"] = {task: summarise(values) for task, values in result.scores.items()}
         for name, values in (("mean", mean), ("difference", mean - plain), ("retention", mean / plain)):
             low, high = np.percentile(values[1:], [2.5, 97.5])
             row |= {name: _rounded(values[0]), f"{name}_low": _rounded(low), f"{name}_high": _rounded(high)}
         rivals = {
             str(other.method): values
             for other, values in zip(arms, means, strict=True)
-            if other.keep == arm.keep and other.method.compresses
+            if other.keep == arm.keep and other.method.compresses and not other.steps
         }
         for name, among in (("best", rivals), ("baseline", {k: v for k, v in rivals.items() if k in BASELINES})):
-            if among and arm.method.compresses:
+            if among and arm.method.compresses and not arm.steps:
                 best = max(among, key=lambda name: float(among[name][0]))
                 low, high = np.percentile((mean - among[best])[1:], [2.5, 97.5])
                 row[name] = {"method": best, "low": _rounded(low), "high": _rounded(high)}
+        if arm.steps:
+            whole = means[arms.index(replace(arm, steps=()))]
+            low, high = np.percentile((mean - whole)[1:], [2.5, 97.5])
+            row["unpruned"] = {
+                "difference": _rounded(mean[0] - whole[0]), "low": _rounded(low), "high": _rounded(high)
+            }  # fmt: skip
         rows.append(row)
     return {
         "model": vlm.lm.name, "precision": vlm.encoder.precision, "scenes": scenes, "tuning": tuning,
@@ -85,19 +101,23 @@ def _rounded(value: float) -> float:
 def table(document: dict[str, Any]) -> str:
     """The matrix as a Markdown table, per cent."""
     tasks = list(document["arms"][0]["tasks"])
-    lines = [
-        f"| method | tokens | {' | '.join(tasks)} | mean | retention | against `none` |",
-        "|---" * (len(tasks) + 5) + "|",
-    ]
-    for row in document["arms"]:
-        cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
-        last = ["", ""]
-        if row["method"] != "none":
-            low, high = 100 * row["difference_low"], 100 * row["difference_high"]
-            last = [f"{100 * row['retention']:.1f}", f"{100 * row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"]
-        cells += [f"{100 * row['mean']:.1f}", *last]
-        lines.append(f"| `{row['method']}` | {row['tokens']:.0f} | {' | '.join(cells)} |")
+    inside = any(row["layer_steps"] for row in document["arms"])
+    heads = ["method", *["layer steps"] * inside, "tokens", *["a layer"] * inside, *tasks, "mean", "retention"]
+    heads += ["against `none`", *["against no layer steps"] * inside]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for number, row in enumerate(document["arms"]):
+        cells = [f"`{row['method']}`", *[f"`{row['layer_steps']}`" if row["layer_steps"] else ""] * inside]
+        cells += [f"{row['tokens']:.0f}", *[f"{row['layer_tokens']:.0f}"] * inside]
+        cells += [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
+        cells += [f"{100 * row['mean']:.1f}", f"{100 * row['retention']:.1f}" if number else ""]
+        cells.append(_interval(row["difference"], row["difference_low"], row["difference_high"]) if number else "")
+        cells += [_interval(**row["unpruned"]) if "unpruned" in row else ""] * inside
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _interval(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def verdicts(document: dict[str, Any]) -> str:
@@ -125,65 +145,12 @@ def _names(methods: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in methods) or "none"
 
 
-def figure(document: dict[str, Any], path: Path) -> None:
-    """Mean score against tokens, a line a method with its interval shaded; baselines in grey.
-
-    Raises ``TokcompError`` where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as fault:
-        raise TokcompError(f"the figure needs matplotlib ({fault}); pip install 'edge-tokcomp[eval]'") from fault
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in document["arms"][1:]:
-        lines.setdefault(row["method"], []).append(row)
-    names = [name for name in lines if name not in BASELINES]
-    columns = 3
-    shape = (max(1, -(-len(names) // columns)), columns)
-    canvas = Figure(figsize=(4 * columns, 2.6 * shape[0] + 0.4), layout="constrained")
-    axes = canvas.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
-    whole = 100 * document["arms"][0]["mean"]
-    for place, axis in enumerate(axes):
-        if place >= max(1, len(names)):
-            axis.axis("off")
-            continue
-        axis.axhline(whole, color="black", linewidth=0.8, linestyle=":")
-        for name, style in zip(BASELINES, ("--", "-", "-.", (0, (1, 1))), strict=True):
-            if name in lines:
-                x, y, _, _ = _curve(lines[name])
-                axis.plot(x, y, linestyle=style, color="0.55", linewidth=1, label=name)
-        if place < len(names):
-            x, y, low, high = _curve(lines[names[place]])
-            axis.fill_between(x, low, high, alpha=0.25, color="tab:blue", linewidth=0)
-            axis.plot(x, y, color="tab:blue", linewidth=1.8, marker="o", markersize=3)
-            axis.set_title(names[place], fontsize=9)
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-        axis.set_xticks(x, [f"{tokens:.0f}" for tokens in x], fontsize=8)
-        axis.tick_params(axis="both", which="both", labelsize=8, labelbottom=place + columns >= len(names))
-    if any(name in lines for name in BASELINES):
-        axes[0].legend(fontsize=7, loc="lower right")
-    canvas.supxlabel("image tokens in the language model", fontsize=9)
-    canvas.supylabel(f"mean of {len(set(document['arms'][0]['tasks']) - set(PLACED))} tasks, per cent", fontsize=9)
-    canvas.savefig(path, dpi=110)
-
-
-def _curve(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Tokens, mean and its bounds in per cent, by tokens."""
-    rows = sorted(rows, key=lambda row: float(row["tokens"]))
-    return (
-        [float(row["tokens"]) for row in rows],
-        [100 * float(row["mean"]) for row in rows],
-        [100 * float(row["mean_low"]) for row in rows],
-        [100 * float(row["mean_high"]) for row in rows],
-    )
-
-
 def write_report(document: dict[str, Any], command: str, folder: Path) -> list[Path]:
     """Write ``matrix.md``, ``matrix.png`` and ``matrix.json`` into ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"matrix.{kind}" for kind in ("md", "png", "json")]
-    figure(document, paths[1])
+    inside = any(row["layer_steps"] for row in document["arms"])
+    (steps_figure if inside else figure)(document, paths[1])
     text = (
         f"# The demo tasks under compression\n\n`{command}`\n\n"
         f"{document['scenes']} {'tuning' if document['tuning'] else 'fresh'} scenes, seed {document['seed']}, "
@@ -191,7 +158,8 @@ def write_report(document: dict[str, Any], command: str, folder: Path) -> list[P
         "scenes and questions for all. Per cent; caption is object-F1, the others exact match. Mean: of the tasks "
         f"but {' and '.join(PLACED)} (F1 that counts a thing only where it is said to be). "
         "Retention: the mean as a share of that of `none`. Intervals: 95 %, bootstrap over scenes, paired with `none`."
-        f"\n\n![Mean score against image tokens](matrix.png)\n\n{verdicts(document)}\n\n{table(document)}\n"
+        + " A layer: image tokens that a layer of the language model holds, on average." * inside
+        + f"\n\n![Mean score against image tokens](matrix.png)\n\n{verdicts(document)}\n\n{table(document)}\n"
     )
     paths[0].write_text(text)
     paths[2].write_text(json.dumps(document, indent=1) + "\n")

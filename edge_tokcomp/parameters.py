@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from .errors import UsageError
+from .files import fingerprint
 from .language.prompt import chat_prompt
+from .methods.layer_step import spell_steps
+from .segmenting import model_files
 from .sources import Source
 from .vlm import CAPTION_PROMPT, VLM
 
@@ -80,23 +82,11 @@ def params_hash(vlm_hash: str, parameters: Parameters) -> str:
 def hash_of_model(vlm: VLM) -> str:
     """Identifies the model's files and everything set at its loading that decides a caption."""
     values = {
-        "lm": _fingerprint(vlm.lm), "mmproj": _fingerprint(vlm.mmproj), "method": repr(vlm.method),
-        "keep": vlm.keep, "dynamic": vlm.sharing and vlm.sharing.key,
+        "lm": fingerprint(*model_files(vlm.lm)), "mmproj": fingerprint(vlm.mmproj), "method": repr(vlm.method),
+        "keep": vlm.keep, "layer_steps": repr(vlm.layer_steps), "dynamic": vlm.sharing and vlm.sharing.key,
         "seed": vlm.seed, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> str:
-    """Size, head and 64 samples of a model file: hashing gigabytes would delay every start."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        digest.update(stream.read(1 << 20))
-        for part in range(64):
-            stream.seek(size * part // 64)
-            digest.update(stream.read(1 << 14))
-    return digest.hexdigest()
 
 
 def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
@@ -106,5 +96,7 @@ def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
         "provider": vlm.encoder.tower.provider_reason, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
         "threads": vlm.threads, "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
+    if vlm.layer_steps:
+        choices |= {"layer_steps": spell_steps(vlm.layer_steps), "positions": vlm.decoder.positions}
     logger.info("%s", ", ".join(f"{name} {value}" for name, value in choices.items()))
     return choices

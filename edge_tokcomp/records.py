@@ -28,7 +28,9 @@ class Record:
 
     ``finish_reason``: ``stop``, ``length`` (``max_tokens``) or ``context`` (no room left). ``choices``: what was chosen
     for the user, and why (``provider``, ``n_ctx``, ``prompt_form`` ...), in rows that were computed; where a budget is
-    shared among pictures also ``dynamic`` (whose mean), ``information`` (the picture's score) and ``information_mean``.
+    shared among pictures also ``dynamic`` (whose mean), ``information`` (the picture's score) and ``information_mean``,
+    and where image tokens are dropped inside the language model ``layer_steps``, ``positions`` (``original`` or
+    ``renumbered`` there) and ``layer_tokens`` (image tokens a layer held, on average).
     ``root``: the absolute folder that ``id`` is relative to.
 
     A picture that failed in one run and went well in a later one has a line of each; the last line of an id counts.

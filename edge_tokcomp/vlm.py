@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -21,14 +22,17 @@ from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
 from .encoder import ImageEncoder, Picture
 from .errors import TokcompError, UsageError
 from .images import MAX_PIXELS
-from .language.decoder import PlainDecoder, available_cores
 from .language.generation import Generation, generate
-from .language.model import LanguageModel
 from .language.prompt import chat_prompt
 from .language.sampling import Sampling
+from .language.segment import available_cores
+from .language.segmented import SegmentedDecoder
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .tokens import Rows
+from .methods.layer_step import LayerStep
+from .methods.layer_steps import read_layer_steps
+from .segmenting import open_language
+from .tokens import Ints, Rows
 from .tower import Provider
 
 DEFAULT_METHOD = "mosaic"
@@ -56,6 +60,7 @@ def load(
     dynamic: Mode | float | None = None,
     precision: Literal["fp32", "int8"] = "fp32",
     provider: Provider = "auto",
+    layer_steps: str | Sequence[str | LayerStep] = (),
     gpu_layers: int = 0,
     threads: int | None = None,
     n_ctx: int | None = None,
@@ -64,14 +69,17 @@ def load(
 ) -> VLM:
     """Open a vision-language model: ``lm`` and ``mmproj`` GGUF files, or the bundled demo model when neither is named.
 
+    ``lm`` may be a directory of layer segments (``edge-tokcomp split``).
     ``keep``: image tokens kept, an int or a fraction; a quarter when only ``method`` is given. ``method``: a name
     (``edge-tokcomp methods``) or a ``Method``; ``mosaic`` when only ``keep`` is given. With neither nothing is
-    compressed. ``dynamic``: give pictures
-    with much to see more than ``keep`` and others less, so that the mean holds; the pictures of one request share
-    exactly, and one by itself is measured against the ``running`` mean of those before, the ``calibrated`` mean of the
-    model (see ``VLM.calibrate``) or a mean given as a number; with ``batch`` it needs ``VLM.encode_all``.
-    ``threads``: one budget for ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``: rows of context; by
-    default the model's own up to 4096. The first load of an mmproj builds its ONNX tower, in a cache.
+    compressed. ``layer_steps``: drop image tokens inside the language model too, as
+    ``"spectrum@8:0.5,16:0.25,24:0"``, several joined by ``+``; the file is cut at these layers, once, in the cache.
+    ``dynamic``: give pictures with much to see more than ``keep`` and others less, so that the mean holds; the
+    pictures of one request share exactly, and one by itself is measured against the ``running`` mean of those before,
+    the ``calibrated`` mean of the model (see ``VLM.calibrate``) or a mean given as a number; with ``batch`` it needs
+    ``VLM.encode_all``. ``threads``: one budget for ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``:
+    rows of context; by default the model's own up to 4096. The first load of an mmproj builds its ONNX tower, in a
+    cache.
 
     Raises ``TokcompError`` for files that are missing, damaged or do not fit each other, ``UsageError`` for options.
     """
@@ -95,10 +103,11 @@ def load(
         keep = DEFAULT_KEEP
     budget = 1.0 if keep is None else parse_keep(keep)
     sharing = sharing_of(dynamic, chosen, keep)
+    steps = read_layer_steps(layer_steps)
     Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
         Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0, sharing=sharing,
-        precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or cores,
+        layer_steps=steps, precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or cores,
         n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
 
@@ -108,29 +117,29 @@ class VLM:
 
     def __init__(
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
-        precision: Literal["fp32", "int8"], provider: Provider, gpu_layers: int, threads: int, n_ctx: int | None,
-        seed: int, max_pixels: int,
+        layer_steps: tuple[LayerStep, ...], precision: Literal["fp32", "int8"], provider: Provider, gpu_layers: int,
+        threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
         self.seed, self.threads = seed, threads
         with ExitStack() as stack:
-            self.model = stack.enter_context(LanguageModel.open(lm, gpu_layers=gpu_layers, threads=threads))
+            self.model, self.decoder = open_language(
+                stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
+            )
+            self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
             self.encoder = ImageEncoder(
                 mmproj, self._embedded, precision=precision, provider=provider, threads=threads, seed=seed,
                 max_pixels=max_pixels, method=method, keep=keep,
             )  # fmt: skip
             width = self.encoder.tower.language_width
-            if width != self.model.n_embd_inp:
+            if width != self.decoder.row_width:
                 raise TokcompError(
-                    f"{mmproj} writes rows of {width}, {lm} takes {self.model.n_embd_inp}; "
+                    f"{mmproj} writes rows of {width}, {lm} takes {self.decoder.row_width}; "
                     "the two files are not of one model"
                 )
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.encoder.directory, mmproj).mean
-            self.embedding = TokenEmbedding.of(self.model)
-            self.decoder = stack.enter_context(
-                PlainDecoder(self.model, n_ctx=n_ctx or min(self.model.n_ctx_train, 4096), n_sequences=2)
-            )
+            self.layer_steps = layer_steps
             self._held: tuple[object, ...] | None = None
             self._closed = False
             self._timed: WeakSet[object] = WeakSet()
@@ -198,6 +207,20 @@ class VLM:
         found.save(self.encoder.directory)
         return found.mean
 
+    def set_layer_steps(self, steps: str | Sequence[str | LayerStep]) -> None:
+        """Drop image tokens by other layer steps from now on, at layers where the model is cut, or by none.
+
+        Raises ``UsageError`` for other layers, and for any steps where the model was loaded whole.
+        """
+        chosen = read_layer_steps(steps)
+        if isinstance(self.decoder, SegmentedDecoder):
+            self._end_stream()
+            self._held = None
+            self.decoder.set_steps(chosen)
+        elif chosen:
+            raise UsageError("the model was loaded whole; load it with layer_steps, or from a directory of segments")
+        self.layer_steps = chosen
+
     def compress(
         self, seen: SeenImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
     ) -> EncodedImage:
@@ -237,11 +260,12 @@ class VLM:
         the same ``EncodedImage`` costs its own tokens only.
         """
         encoded = self._asked_about(picture, question)
-        rows, prefill = self._prompt(encoded, question)
+        prompt, prefill = self._prompt(encoded, question)
         try:
-            generation = self._generate(rows, sampling, max_tokens, stop)
+            generation = self._generate(prompt, sampling, max_tokens, stop)
             text = generation.text()
-            prompt_tokens = self.decoder.length(_PREFIX) + len(rows)
+            prompt_tokens = self.decoder.length(_PREFIX) + sum(len(rows) for rows in prompt)
+            share = self.decoder.layer_share(_ANSWER)
         finally:
             self.decoder.drop(_ANSWER)
         timings = dict.fromkeys(_IMAGE_STAGES, 0.0)
@@ -254,9 +278,10 @@ class VLM:
         timings["prefill"] = (prefill + generation.first_token_s) * 1e3
         timings["first_token"] = sum(timings.values())
         timings["generate"] = generation.generate_s * 1e3
+        after = sum(len(e.plan) for e in encoded)
         return Answer(
-            text.strip(), generation.finish_reason or "stop", sum(e.plan.before for e in encoded),
-            sum(len(e.plan) for e in encoded), prompt_tokens, len(generation.tokens), timings, tuple(encoded),
+            text.strip(), generation.finish_reason or "stop", sum(e.plan.before for e in encoded), after, after * share,
+            prompt_tokens, len(generation.tokens), timings, tuple(encoded),
         )  # fmt: skip
 
     def rows_needed(self, question: str = CAPTION_PROMPT, *, most: bool = False) -> int:
@@ -292,40 +317,51 @@ class VLM:
             raise UsageError("an empty list holds no picture to ask about")
         return self.encode_all(picture, question)
 
-    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[Rows, float]:
-        """Bring the prompt up to the last image into the language model; the rows of the rest, and seconds spent."""
+    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[list[Rows], float]:
+        """Bring what of the prompt can be kept for further questions into the language model: up to the last image, or
+        up to the first where layer steps look at the question. The rest, and seconds spent."""
         if self._closed:
             raise ValueError("the model is closed; load it again")
         self._end_stream()
         pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
-        key = (*(piece.tobytes() for piece in pieces[:-1]), *images)
         started = time.perf_counter()
+        parts = self._parts(pieces, images)
+        needed = sum(len(rows) for rows, _ in parts) + 1
+        if needed > self.decoder.n_ctx:
+            raise TokcompError(
+                f"image and prompt need {needed} rows of context, there are {self.decoder.n_ctx}; "
+                "keep fewer image tokens, ask less, or raise n_ctx (--ctx)"
+            )
+        kept = 1 if self.decoder.looks_at_text else len(parts) - 1
+        pictures: Sequence[EncodedImage] = () if self.decoder.looks_at_text else images
+        key = (*(piece.tobytes() for piece in pieces[: kept - len(pictures)]), *pictures)
         if key != self._held:
             self._held = None
             self.decoder.clear()
-            text = [self.embedding.lookup(piece) for piece in pieces[:-1]]
-            lead = [part for pair in zip(text, (image.rows for image in images), strict=True) for part in pair]
-            if lead:
-                self._decode_prefix(np.concatenate(lead), len(pieces[-1]))
+            if lead := _rows(parts[:kept], 0, _PREFIX):
+                self.decoder.decode(lead, causal=self.encoder.family.causal)
             self._held = key
         self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
-        return self.embedding.rows(pieces[-1], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
+        return _rows(parts[kept:], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
 
-    def _decode_prefix(self, rows: NDArray[np.float32], tail: int) -> None:
-        if len(rows) + tail + 1 > self.decoder.n_ctx:
-            raise TokcompError(
-                f"image and prompt need {len(rows) + tail + 1} rows of context, there are {self.decoder.n_ctx}; "
-                "keep fewer image tokens, ask less, or raise n_ctx (--ctx)"
-            )
-        silent = np.zeros(len(rows), np.bool_)
-        self.decoder.decode(
-            [Rows(rows, np.arange(len(rows), dtype=np.int32), _PREFIX, silent)], causal=self.encoder.family.causal
-        )
+    def _parts(
+        self, pieces: Sequence[NDArray[np.int32]], images: Sequence[EncodedImage]
+    ) -> list[tuple[NDArray[np.float32], Ints]]:
+        """Text and images in turn, text first and last: rows, and the crop each is of, -1 for text."""
+        parts, crops = [], 0
+        for piece, image in zip_longest(pieces, images):
+            parts.append((self.embedding.lookup(piece), np.full(len(piece), -1)))
+            if image is not None:
+                parts.append((image.rows, np.where(image.crop >= 0, image.crop + crops, -1)))
+                crops += len(image.tokens.layout.grids)
+        return parts
 
-    def _generate(self, rows: Rows, sampling: Sampling | None, max_tokens: int, stop: Sequence[str]) -> Generation:
+    def _generate(
+        self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]
+    ) -> Generation:
         sampling = sampling or Sampling(seed=self.seed)
-        return generate(self.decoder, self.model, self.embedding, [rows], sampling, max_tokens=max_tokens, stop=stop)
+        return generate(self.decoder, self.model, self.embedding, prompt, sampling, max_tokens=max_tokens, stop=stop)
 
     def _end_stream(self) -> None:
         """An answer that nobody reads to its end must not hold the sequence; going on with it raises."""
@@ -337,9 +373,20 @@ class VLM:
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        rows, _ = self._prompt(self._asked_about(picture, question), question)
+        prompt, _ = self._prompt(self._asked_about(picture, question), question)
 
         self._streaming = AnswerStream(
-            self._generate(rows, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
+            self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
         )
         return self._streaming
+
+
+def _rows(parts: Sequence[tuple[NDArray[np.float32], Ints]], start: int, sequence: int) -> list[Rows]:
+    """``parts`` from position ``start`` on, none of whose logits are wanted; empty ones are left out."""
+    made = []
+    for rows, crop in parts:
+        if len(rows):
+            positions = np.arange(start, start + len(rows), dtype=np.int32)
+            made.append(Rows(rows, positions, sequence, np.zeros(len(rows), np.bool_), crop))
+            start += len(rows)
+    return made

@@ -113,7 +113,7 @@ def test_usage_that_cannot_be_meant_is_refused(pair: Pair, tmp_path: Path, capsy
         "method none keeps every token": ["caption", folder, *pair.options, "--dynamic", "running", "--method", "none",
                                           "--keep", "4"],
         "the scenes are one batch": ["eval", "--keep", "64", "--dynamic", "running"],
-        "--dynamic, --wrong-image and --json do not go": ["eval", "--dynamic", "batch", "--matrix", str(tmp_path)],
+        "--wrong-image and --json do not go": ["eval", "--dynamic", "batch", "--matrix", str(tmp_path)],
     }  # fmt: skip
     for reason, command in cases.items():
         assert main(command) == 2, command

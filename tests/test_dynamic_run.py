@@ -347,7 +347,7 @@ def test_scenes_share_a_budget_as_one_batch_and_arms_stay_apart() -> None:
             return plain(seen, method, keep, *more)
 
         vlm.compress = compress  # type: ignore[method-assign]
-        _, tokens = score_arms(vlm, arms, scenes=3, seed=5)
+        tokens = [scored.tokens for scored in score_arms(vlm, arms, scenes=3, seed=5)]
         assert tokens == [64, 64, 9]
         uniform = [keep for name, keep in given if name == "uniform"]
         assert uniform[::2] == [64] * 3

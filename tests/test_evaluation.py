@@ -21,7 +21,10 @@ class Scripted:
     def __init__(self, method: str, keep: int | float, *, talkative: bool = False) -> None:
         self.method, self.keep, self.talkative = get_method(method), keep, talkative
         self.lm, self.encoder = SimpleNamespace(name="scripted"), SimpleNamespace(precision="fp32")
-        self.shown, self.sharing = -1, None
+        self.shown, self.sharing, self.layer_steps = -1, None, ()
+
+    def set_layer_steps(self, steps: tuple[()]) -> None:
+        assert steps == ()
 
     def see(self, image: np.ndarray) -> int:
         self.shown += 1
@@ -33,17 +36,17 @@ class Scripted:
 
     def answer(self, encoded: Any, question: str, max_tokens: int) -> Any:
         if not encoded.plain:
-            return SimpleNamespace(text="yes")
+            return SimpleNamespace(text="yes", layer_tokens=64.0)
         scene = draw_scene((EVAL_SEED, 0, encoded.index), "test")
         asked = ask_all(scene, np.random.default_rng((ASK_SEED, 0, encoded.index)), vary=False)
         right = next(q for q in asked if q.text == question)
         said = right.answer if right.task == "caption" else f" {right.answer.upper()}."
-        return SimpleNamespace(text=f"well, {right.answer}" if self.talkative else said)
+        return SimpleNamespace(text=f"well, {right.answer}" if self.talkative else said, layer_tokens=576.0)
 
 
 def test_a_model_that_is_always_right_scores_one_and_its_compressed_self_what_it_says() -> None:
     result = evaluate(Scripted("uniform", 64), scenes=60)
-    assert result["tokens"] == 64
+    assert (result["tokens"], result["layer_tokens"], result["layer_steps"]) == (64, 64, "")
     for task, row in result["tasks"].items():
         assert row["none"] == 1, task
         assert row["difference"] == pytest.approx(row["score"] - 1, abs=1e-4)
@@ -79,7 +82,7 @@ def test_tuning_scenes_are_others_than_test_scenes_with_digits_of_their_own(monk
         return plain(seed, split)
 
     monkeypatch.setattr(scenes, "draw_scene", draw)
-    monkeypatch.setattr(Scripted, "answer", lambda *_args, **_options: SimpleNamespace(text="yes"))
+    monkeypatch.setattr(Scripted, "answer", lambda *_args, **_options: SimpleNamespace(text="yes", layer_tokens=1))
     found = evaluate(Scripted("none", 1.0), scenes=3, tuning=True)
     assert found["tuning"] is True
     assert {split for seed, split in drawn if seed[0] != EVAL_SEED} == {"validation"}
@@ -144,7 +147,7 @@ def test_the_report_shows_every_task_with_its_interval() -> None:
             "difference_high": 0.0}  # fmt: skip
     text = report(
         {"method": "pool", "tokens": 64.0, "scenes": 10, "seconds": 1.0, "wrong_image": False, "dynamic": False,
-         "tasks": {"digit": task}}
+         "layer_steps": "", "tasks": {"digit": task}}
     )  # fmt: skip
     assert "pool, 64 image tokens" in text
     assert "digit" in text

@@ -20,7 +20,8 @@ from edge_tokcomp.vlm import load
 
 
 def arm(method: str, keep: int | float, mean: float, low: float, high: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": method, "keep": keep, "tokens": float(keep) if keep != 1.0 else 576.0}
+    tokens = float(keep) if keep != 1.0 else 576.0
+    row: dict[str, Any] = {"method": method, "keep": keep, "tokens": tokens, "layer_tokens": tokens, "layer_steps": ""}
     row["tasks"] = {"digit": {"score": mean, "low": 0, "high": 1, "n": 9}}
     for name, value in (("mean", mean), ("difference", mean - 0.9), ("retention", mean / 0.9)):
         row |= {name: value, f"{name}_low": value - 0.01, f"{name}_high": value + 0.01}
@@ -130,8 +131,8 @@ def test_every_arm_of_a_run_equals_that_arm_scored_alone() -> None:
     with load(threads=1) as vlm:
         found = matrix.run_matrix(vlm, ["uniform", "cdpruner", "tome"], [64], scenes=4, seed=3)
         for row in found["arms"][1:]:
-            (alone,), tokens = score_arms(vlm, [Arm(get_method(row["method"]), row["keep"])], scenes=4, seed=3)
-            assert tokens == [row["tokens"]] == [64.0]
+            ((alone, *tokens),) = score_arms(vlm, [Arm(get_method(row["method"]), row["keep"])], scenes=4, seed=3)
+            assert tokens == [row["tokens"], row["layer_tokens"]] == [64.0, 64.0]
             for task, values in alone.items():
                 if not np.isnan(values).all():
                     assert row["tasks"][task]["score"] == pytest.approx(np.nanmean(values), abs=1e-4)
@@ -151,8 +152,8 @@ def test_every_arm_of_a_run_equals_that_arm_scored_alone() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--matrix", "x", "--keep", "64"], "--matrix DIR takes --methods and --keeps"),
-        (["--matrix", "x", "--json"], "--matrix DIR takes --methods and --keeps"),
+        (["--matrix", "x", "--keep", "64"], "--matrix DIR takes --methods, --keeps and --steps"),
+        (["--matrix", "x", "--json"], "--matrix DIR takes --methods, --keeps and --steps"),
         (["--matrix", "x", "--keeps", "0"], "--keeps 0 leaves no token"),
         (["--matrix", "x", "--methods", "nothing"], "unknown method 'nothing'"),
         (["--methods", "pool"], "belong to --matrix"),

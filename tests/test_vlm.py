@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from threadpoolctl import threadpool_info
 import edge_tokcomp
 from edge_tokcomp.errors import ImageError, TokcompError, UsageError
 from edge_tokcomp.language import binding
-from edge_tokcomp.language.decoder import PlainDecoder, available_cores
+from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.sampling import Sampling
+from edge_tokcomp.language.segment import available_cores
 from edge_tokcomp.language.token_embedding import TokenEmbedding
 from edge_tokcomp.methods import Picks, get_method
 from edge_tokcomp.records import STAGES
@@ -113,8 +114,13 @@ def test_a_method_that_looks_at_the_question_compresses_anew_for_each(vlm: VLM) 
 
 def test_a_further_question_does_not_decode_the_image_again(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    plain = vlm._decode_prefix
-    monkeypatch.setattr(vlm, "_decode_prefix", lambda rows, tail: (decoded.append(len(rows)), plain(rows, tail)))
+    plain = vlm.decoder.decode
+
+    def counting(batch: Sequence[Rows], **options: Any) -> Any:
+        decoded.extend(1 for rows in batch if rows.crop is not None and (rows.crop >= 0).any())
+        return plain(batch, **options)
+
+    monkeypatch.setattr(vlm.decoder, "decode", counting)
     picture = vlm.encode(scene(6))
     for question in ("what is this", "is the cat red", "what is this"):
         vlm.ask(picture, question, **SHORT)
