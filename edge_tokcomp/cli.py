@@ -19,6 +19,8 @@ from .errors import ImageError, TokcompError
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+_FILE_VERBS = ("methods", "compress", "export", "split")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 all well, 1 some pictures failed, 2 it could not be done as asked, 130 interrupted."""
@@ -40,9 +42,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     )
     options.command_line = ["edge-tokcomp", *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        from . import commands
+        from . import commands, file_commands
 
-        code = int(getattr(commands, options.run)(options))
+        room = file_commands if options.run in _FILE_VERBS else commands
+        code = int(getattr(room, options.run)(options))
         sys.stdout.flush()
         return code
     except ImageError as fault:

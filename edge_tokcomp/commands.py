@@ -1,4 +1,4 @@
-"""What each verb of the command does."""
+"""What the verbs do that run a model; the others are in ``file_commands``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .budget import describe, largest_share, smallest_share
-from .errors import UsageError
+from .errors import UsageError, check_positive
 from .files import write_whole
 from .images import MAX_PIXELS, Image, open_image
-from .methods import TowerMethod, get_method, method_table
+from .methods import get_method
 from .methods.layer_step import spell_steps
-from .methods.options import describe_options, spell
 from .text import printable, unheard
 
 if TYPE_CHECKING:
@@ -324,96 +323,13 @@ def _eval_matrix(options: argparse.Namespace) -> int:
     return 0
 
 
-def methods(options: argparse.Namespace) -> int:
-    """List the methods, and the steps inside the language model."""
-    from .methods.layer_steps import LAYER_STEPS, layer_step_table
-
-    table = method_table()
-    if options.json:
-        print(json.dumps({"methods": table, "layer_steps": layer_step_table()}, indent=2))  # noqa: T201
-        return 0
-    print("methods (--method), before the language model:")  # noqa: T201
-    for row in table:
-        needs = f"  needs {', '.join(row['needs'])}" if row["needs"] else ""
-        print(f"{row['name']:15} {row['title']}{needs}")  # noqa: T201
-        print(f"{'':15} {row['source']}")  # noqa: T201
-        if row["options"]:
-            settings = ", ".join(f"{name}={spell(value['default'])}" for name, value in row["options"].items())
-            print(f"{'':15} {settings}")  # noqa: T201
-    print("\nlayer steps (--layer-steps NAME@LAYER:AMOUNT,...), inside it:")  # noqa: T201
-    for name, step in LAYER_STEPS.items():
-        print(f"{name:15} {step.title}; amount: {step.amount}")  # noqa: T201
-        print(f"{'':15} {step.source}")  # noqa: T201
-        defaults = {option: value["default"] for option, value in describe_options(step).items()}
-        at = ",".join(f"{layer}:{amount:g}" for layer, amount in defaults.pop("at"))
-        settings = ", ".join(f"{option}={spell(value)}" for option, value in defaults.items())
-        print(f"{'':15} {name}@{at}{', ' * bool(settings)}{settings}")  # noqa: T201
-    return 0
-
-
-def compress(options: argparse.Namespace) -> int:
-    """Run a method on the arrays of a file."""
-    from .features import read_features
-
-    method = get_method(options.method)
-    if isinstance(method, TowerMethod):
-        raise UsageError(f"method {method.name} acts in the tower or before it, not on its rows; choose another method")
-    tokens, query = read_features(Path(options.features))
-    plan = method.compress(tokens, options.keep, seed=options.seed, query=query)
-    try:
-        plan.save(options.out)
-    except OSError as fault:
-        raise UsageError(f"--out {options.out}: cannot be written ({fault.strerror or fault})") from fault
-    print(f"{options.out}: {plan}, method {method}", file=sys.stderr)  # noqa: T201
-    return 0
-
-
-def export(options: argparse.Namespace) -> int:
-    """Build a tower into a new directory."""
-    from .export.tower_files import export_tower
-
-    files = export_tower(options.mmproj, options.out, options.precision)
-    line = f"{options.out}: {files.spec.family} tower, {files.precision}, against the source: {files.check}"
-    print(line, file=sys.stderr)  # noqa: T201
-    return 0
-
-
-def split(options: argparse.Namespace) -> int:
-    """Cut a language model into segments; their folder goes to stdout."""
-    from .export.check_segments import read_check
-    from .export.split import cached_segments, split_model
-    from .language.gguf_header import read_header, split_files
-    from .language.segment_files import SegmentFiles
-
-    try:
-        at = [int(layer) for layer in options.at.split(",")]
-    except ValueError as fault:
-        raise UsageError(f"--at {options.at}: name layers by number, as in --at 8,16,24") from fault
-    verify, threads = not options.no_verify, _positive("--threads", options.threads)
-    size = sum(path.stat().st_size for path in split_files(read_header(options.lm))) / 1e6
-    print(f"{options.lm}, {size:,.1f} MB: cutting it before layers {', '.join(map(str, at))}", file=sys.stderr)  # noqa: T201
-    if options.out is None:
-        folder = cached_segments(options.lm, at, verify=verify, threads=threads)
-    else:
-        folder = split_model(options.lm, at, options.out, verify=verify, threads=threads)
-    files = SegmentFiles.read(folder)
-    bounds = [0, *files.cuts, files.depth]
-    for path, start, stop in zip(files.paths, bounds, bounds[1:], strict=False):
-        line = f"{path.name}: layers {start} to {stop - 1}, {path.stat().st_size / 1e6:,.1f} MB"
-        print(line, file=sys.stderr)  # noqa: T201
-    check = read_check(folder)
-    print(f"against the whole model: {check}" if check else "not run against the whole model", file=sys.stderr)  # noqa: T201
-    print(folder)  # noqa: T201
-    return 0
-
-
 def _open(options: argparse.Namespace) -> Image:
     """The picture, before a model is loaded for it."""
     return open_image(options.image, max_pixels=_max_pixels(options))
 
 
 def _max_pixels(options: argparse.Namespace) -> int:
-    return _positive("--max-pixels", options.max_pixels) or MAX_PIXELS
+    return check_positive("--max-pixels", options.max_pixels) or MAX_PIXELS
 
 
 def _load(options: argparse.Namespace) -> VLM:
@@ -422,13 +338,6 @@ def _load(options: argparse.Namespace) -> VLM:
     return load(
         options.lm, options.mmproj, method=options.method, keep=options.keep, dynamic=options.dynamic,
         layer_steps=options.layer_steps or (), precision=options.precision, provider=options.provider,
-        gpu_layers=options.gpu_layers,
-        threads=_positive("--threads", options.threads), n_ctx=_positive("--ctx", options.ctx), seed=options.seed,
-        max_pixels=_max_pixels(options),
+        gpu_layers=options.gpu_layers, threads=check_positive("--threads", options.threads),
+        n_ctx=check_positive("--ctx", options.ctx), seed=options.seed, max_pixels=_max_pixels(options),
     )  # fmt: skip
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise UsageError(f"{name} {value} is not a positive number")
-    return value

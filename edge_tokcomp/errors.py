@@ -16,3 +16,10 @@ class UsageError(TokcompError):
 
 class ImageError(TokcompError):
     """One picture cannot be read; the run goes on with an error row."""
+
+
+def check_positive(name: str, value: int | None) -> int | None:
+    """``value``; raises ``UsageError`` for a number below 1."""
+    if value is not None and value < 1:
+        raise UsageError(f"{name} {value} is not a positive number")
+    return value

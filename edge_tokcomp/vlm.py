@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -31,8 +30,9 @@ from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
 from .methods.layer_step import LayerStep
 from .methods.layer_steps import read_layer_steps
+from .prompt_rows import prompt_parts, rows_of
 from .segmenting import open_language
-from .tokens import Ints, Rows
+from .tokens import Rows
 from .tower import Provider
 
 DEFAULT_METHOD = "mosaic"
@@ -325,7 +325,7 @@ class VLM:
         self._end_stream()
         pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
         started = time.perf_counter()
-        parts = self._parts(pieces, images)
+        parts = prompt_parts(self.embedding, pieces, images)
         needed = sum(len(rows) for rows, _ in parts) + 1
         if needed > self.decoder.n_ctx:
             raise TokcompError(
@@ -338,24 +338,12 @@ class VLM:
         if key != self._held:
             self._held = None
             self.decoder.clear()
-            if lead := _rows(parts[:kept], 0, _PREFIX):
+            if lead := rows_of(parts[:kept], 0, _PREFIX):
                 self.decoder.decode(lead, causal=self.encoder.family.causal)
             self._held = key
         self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
-        return _rows(parts[kept:], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
-
-    def _parts(
-        self, pieces: Sequence[NDArray[np.int32]], images: Sequence[EncodedImage]
-    ) -> list[tuple[NDArray[np.float32], Ints]]:
-        """Text and images in turn, text first and last: rows, and the crop each is of, -1 for text."""
-        parts, crops = [], 0
-        for piece, image in zip_longest(pieces, images):
-            parts.append((self.embedding.lookup(piece), np.full(len(piece), -1)))
-            if image is not None:
-                parts.append((image.rows, np.where(image.crop >= 0, image.crop + crops, -1)))
-                crops += len(image.tokens.layout.grids)
-        return parts
+        return rows_of(parts[kept:], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
 
     def _generate(
         self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]
@@ -379,14 +367,3 @@ class VLM:
             self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
         )
         return self._streaming
-
-
-def _rows(parts: Sequence[tuple[NDArray[np.float32], Ints]], start: int, sequence: int) -> list[Rows]:
-    """``parts`` from position ``start`` on, none of whose logits are wanted; empty ones are left out."""
-    made = []
-    for rows, crop in parts:
-        if len(rows):
-            positions = np.arange(start, start + len(rows), dtype=np.int32)
-            made.append(Rows(rows, positions, sequence, np.zeros(len(rows), np.bool_), crop))
-            start += len(rows)
-    return made
