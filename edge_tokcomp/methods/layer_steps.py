@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -164,19 +165,43 @@ class Spectrum(LayerStep):
 
     def energy(self, hidden: NDArray[np.float32]) -> NDArray[np.float64]:
         """``(n,)``: energy of each row of one crop after the filter."""
-        rows = hidden.astype(np.float64)
+        waves = low_waves(len(hidden), self.cutoff, self.mirrored)
+        # The first wave is the constant: without it the rows are centred.
+        waves = waves[1:] if self.centred else waves
+        weights = waves
         if self.scaled:
-            size = np.sqrt(np.mean(rows * rows, axis=1, keepdims=True))
-            rows = rows / np.where(size > 0, size, 1)
-        if self.centred:
-            rows = rows - rows.mean(axis=0)
-        count = len(rows)
-        if self.mirrored:
-            rows = np.concatenate([rows, rows[::-1]])
-        spectrum = np.fft.rfft(rows, axis=0)
-        spectrum[max(2, int(self.cutoff * (len(rows) // 2 + 1))) :] = 0
-        low = np.fft.irfft(spectrum, len(rows), axis=0)[:count]
-        return np.asarray(np.round((low * low).mean(axis=1), 10))
+            size = np.sqrt(np.einsum("ij,ij->i", hidden, hidden) / hidden.shape[1])
+            weights = waves / np.where(size > 0, size, np.float32(1))
+        # The filtered rows are waves.T @ heights; of them only the squares are wanted.
+        heights = weights @ hidden
+        products = (heights @ heights.T).astype(np.float64)
+        energy = np.einsum("ki,ki->i", products @ waves, waves) / hidden.shape[1]
+        # Equal energies must stay equal whatever the products were summed up in: ties go to the lower row.
+        grid = np.exp2(np.floor(np.log2(energy.max())) - _EXACT_BITS) if energy.max() > 0 else 1.0
+        return np.asarray(np.round(energy / grid) * grid)
+
+
+_EXACT_BITS = 18
+"""Of the largest energy; float32 sums leave about so many."""
+
+
+@lru_cache(maxsize=8)
+def low_waves(count: int, cutoff: float, mirrored: bool) -> NDArray[np.float32]:
+    """``(k, count)``: orthonormal waves of the lowest share ``cutoff`` of the frequencies, at least two, along a line.
+
+    Of a line that is mirrored at its ends (cosines, DCT-II), or of one that is joined to a ring (Fourier).
+    """
+    place = np.arange(count)
+    if mirrored:
+        bins = min(max(2, int(cutoff * (count + 1))), count)
+        waves = np.cos(np.pi / count * (place + 0.5) * np.arange(bins)[:, None])
+    else:
+        bins = min(max(2, int(cutoff * (count // 2 + 1))), count // 2 + 1)
+        turns = 2 * np.pi / count * place * np.arange(bins)[:, None]
+        waves = np.concatenate([np.cos(turns), np.sin(turns[1:])])
+        waves = waves[np.abs(waves).max(axis=1) > 0.5]  # the sine of the highest frequency of an even line is nothing
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    return np.asarray(waves, np.float32)
 
 
 LAYER_STEPS: dict[str, type[LayerStep]] = {
