@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import Pair
 from numpy.typing import NDArray
+from reference_language import Prompt, ReferenceLanguage
 
 from edge_tokcomp.cli import main
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.export.reference_language import Prompt, ReferenceLanguage
 from edge_tokcomp.export.split import split_model
 from edge_tokcomp.language.prompt import chat_prompt
 from edge_tokcomp.language.segmented import SegmentedDecoder

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from reference_language import Prompt, ReferenceLanguage
 
 from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.export.demo.questions import ask_all
 from edge_tokcomp.export.demo.scenes import draw_scene
-from edge_tokcomp.export.reference_language import Prompt, ReferenceLanguage
 from edge_tokcomp.language.prompt import chat_prompt
 from edge_tokcomp.layer_state import LayerState
 from edge_tokcomp.methods.layer_step import LayerStep

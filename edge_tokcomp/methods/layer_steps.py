@@ -136,7 +136,7 @@ class Spectrum(LayerStep):
     * ``centred``, their mean taken away: what all rows share is most of the energy, and those that hold most of it
       are those that show nothing of their own, the background.
 
-    Chosen on tuning scenes of the demo tasks (benchmarks/layer_steps.py, docs/layer-steps.md).
+    Chosen on tuning scenes of the demo tasks (docs/layer-tuning).
     """
 
     at: tuple[tuple[int | float, float], ...] = ((0.25, 0.5), (0.5, 0.25), (0.75, 0.1), (0.97, 0.0))

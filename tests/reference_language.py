@@ -1,7 +1,7 @@
 """A llama-architecture language model in plain NumPy, with image rows dropped between its layers.
 
-What layer steps are measured on (benchmarks/layer_steps.py) and pruned decoding is checked against, independent of
-llama.cpp: dequantised weights, float32, every step the textbook's. Slow and small on purpose.
+What pruned decoding is checked against, independent of llama.cpp: dequantised weights, float32, every step the
+textbook's. Slow and small on purpose.
 """
 
 from __future__ import annotations
