@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ BASELINES = ("random", "uniform", "pool", "resolution")
 
 _COLUMNS = 3
 _LONGEST_TITLE = 45
+_MARKS = "os^Dv*P"
 
 
 def figure(document: dict[str, Any], path: Path) -> None:
@@ -50,23 +52,30 @@ def figure(document: dict[str, Any], path: Path) -> None:
 
 
 def steps_figure(document: dict[str, Any], path: Path) -> None:
-    """Mean score against the image tokens a layer holds, a panel for each text of layer steps; grey: without any.
+    """Mean score against the image tokens a layer holds, a panel for each text of layer steps, a mark for each method;
+    grey: without steps.
 
     Raises ``TokcompError`` where matplotlib is not installed.
     """
     names = list(dict.fromkeys(row["layer_steps"] for row in document["arms"] if row["layer_steps"]))
+    marks = dict(zip(dict.fromkeys(row["method"] for row in document["arms"]), cycle(_MARKS), strict=False))
     canvas, axes = _panels(len(names))
     for axis in axes[len(names) :]:
         axis.axis("off")
     for name, axis in zip(names, axes, strict=False):
         for steps, colour in (("", "0.6"), (name, "tab:blue")):
-            rows = [row for row in document["arms"] if row["layer_steps"] == steps]
-            mean = [100 * row["mean"] for row in rows]
-            reach = [[100 * abs(row["mean"] - row[bound]) for row in rows] for bound in ("mean_low", "mean_high")]
-            axis.errorbar([row["layer_tokens"] for row in rows], mean, reach, fmt="o", color=colour, markersize=4)
+            for method, mark in marks.items():
+                rows = [row for row in document["arms"] if (row["layer_steps"], row["method"]) == (steps, method)]
+                mean = [100 * row["mean"] for row in rows]
+                reach = [[100 * abs(row["mean"] - row[bound]) for row in rows] for bound in ("mean_low", "mean_high")]
+                tokens = [row["layer_tokens"] for row in rows]
+                label = None if steps else method
+                axis.errorbar(tokens, mean, reach, fmt=mark, color=colour, markersize=4, elinewidth=0.8, label=label)
         axis.set_title(name.replace("+", "+\\n") if len(name) > _LONGEST_TITLE else name, fontsize=8)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, loc="lower right")
     _save(canvas, document, "image tokens in a layer of the language model, on average", path)
 
 
