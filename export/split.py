@@ -72,14 +72,16 @@ def cached_segments(
 ) -> Path:
     """As ``split_model``, in the cache: built there when missing, damaged or, if that is asked for, not yet verified.
 
-    The key is the fingerprint of the model's files, the cutter's version and the cuts. ``cache`` defaults to
-    ``tower_files.cache_directory``.
+    The key is the fingerprint of the model's files, the cutter's version and the cuts. Segments of the same model that
+    are cut at more layers do as well, and spare the disk. ``cache`` defaults to ``tower_files.cache_directory``.
     """
     home = Path(cache) if cache is not None else cache_directory()
     source, at = Source.read(lm), tuple(map(int, at))
     source.check_cuts(at)
-    cuts = hashlib.sha256(",".join(map(str, at)).encode()).hexdigest()[:16]
-    target = home / f"{source.fingerprint[:32]}-cut{CUTTER}-{cuts}"
+    stem = f"{source.fingerprint[:32]}-cut{CUTTER}-"
+    target = home / (stem + hashlib.sha256(",".join(map(str, at)).encode()).hexdigest()[:16])
+    if not os.path.lexists(target):
+        target = _cut_finer(home, stem, source, at) or target
     if os.path.lexists(target):
         try:
             _check_cached(target, source, at)
@@ -97,6 +99,19 @@ def cached_segments(
                 f"{target}: cannot be written ({fault.strerror}); remove it or set EDGE_TOKCOMP_CACHE"
             ) from fault
     return target
+
+
+def _cut_finer(home: Path, stem: str, source: Source, at: Sequence[int]) -> Path | None:
+    """Segments of the model in the cache that are cut at all of ``at`` and as few other layers as may be."""
+    found = []
+    for folder in home.glob(f"{stem}*"):
+        try:
+            files = SegmentFiles.read(folder)
+        except TokcompError:
+            continue  # what is damaged is told of when it is asked for
+        if files.source == source.fingerprint and set(at) <= set(files.cuts):
+            found.append((len(files.cuts), folder))
+    return min(found)[1] if found else None
 
 
 @contextmanager
@@ -136,7 +151,7 @@ def _check_space(folder: Path, needed: int) -> None:
 def _check_cached(target: Path, source: Source, at: Sequence[int]) -> None:
     """Raises ``TokcompError`` unless ``target`` holds these very segments."""
     files = SegmentFiles.read(target)
-    if (files.source, files.cuts) != (source.fingerprint, tuple(at)):
+    if files.source != source.fingerprint or not set(at) <= set(files.cuts):
         raise TokcompError(f"{target}: holds other segments")
 
 

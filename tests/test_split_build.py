@@ -81,12 +81,14 @@ def test_a_build_that_fails_leaves_nothing(
 def test_the_cache_is_built_once_for_each_cut(
     llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (cached_segments(llama.path, at, tmp_path, threads=1) for at in ([2, 4], [4]))
+    first, second = (cached_segments(llama.path, at, tmp_path, threads=1) for at in ([4], [2, 4]))
     assert first != second
-    assert [SegmentFiles.read(folder).cuts for folder in (first, second)] == [(2, 4), (4,)]
+    assert [SegmentFiles.read(folder).cuts for folder in (first, second)] == [(4,), (2, 4)]
     monkeypatch.setattr(split, "folder_aside", lambda _: pytest.fail("built again"))
     monkeypatch.setattr(split, "verify_segments", lambda *_, **__: pytest.fail("verified again"))
-    assert cached_segments(str(llama.path), (2, 4), tmp_path) == first
+    assert cached_segments(str(llama.path), (2, 4), tmp_path) == second
+    assert cached_segments(llama.path, [4], tmp_path) == first
+    assert cached_segments(llama.path, [2], tmp_path) == second  # cut there too, and at one layer more
     assert sorted(os.listdir(tmp_path)) == sorted([first.name, second.name])
 
 
