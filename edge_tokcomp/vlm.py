@@ -28,7 +28,7 @@ from .language.segment import available_cores
 from .language.segmented import SegmentedDecoder
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .methods.layer_step import LayerStep
+from .methods.layer_step import LayerStep, spell_steps
 from .methods.layer_steps import read_layer_steps
 from .prompt_rows import prompt_parts, rows_of
 from .segmenting import open_language
@@ -136,6 +136,11 @@ class VLM:
                 raise TokcompError(
                     f"{mmproj} writes rows of {width}, {lm} takes {self.decoder.row_width}; "
                     "the two files are not of one model"
+                )
+            if self.decoder.looks_at_text and not self.encoder.family.causal:
+                raise UsageError(
+                    f"layer steps that look at the question ({spell_steps(layer_steps)}) do not go with "
+                    f"{self.encoder.family.name}, whose image tokens see one another; use spectrum"
                 )
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.encoder.directory, mmproj).mean

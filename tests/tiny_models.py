@@ -37,6 +37,7 @@ class TinyModel:
     n_embd: int
     n_layer: int
     n_head: int
+    n_head_kv: int
     n_ff: int
     n_vocab: int
     n_ctx_train: int
@@ -98,6 +99,7 @@ def write_tiny_model(
     quantization: str = "F32",
     chat_template: str | None = None,
     seed: int = 0,
+    n_head_kv: int | None = None,
     tied: bool = False,
     rope_freqs: bool = False,
     extra: Mapping[str, Any] | None = None,
@@ -106,11 +108,13 @@ def write_tiny_model(
     """As ``write_tiny_llama`` for ``ARCHITECTURES``.
 
     ``qwen3vl`` takes three deepstack slices, so it needs four layers or more; in ``lfm2`` every other layer, from the
-    first, is a convolution. ``tied``: without an output matrix. ``rope_freqs``: with factors for rotary frequencies.
+    first, is a convolution. ``n_head_kv``: heads of keys and values, as many as of queries by default.
+    ``tied``: without an output matrix. ``rope_freqs``: with factors for rotary frequencies.
     ``extra``: metadata of the architecture, over what is written otherwise (``None`` leaves a key out).
     ``tensors_per_file``: in several files, named as ``model-00001-of-00003.gguf`` for ``model.gguf``.
     """
-    weights = _weights(architecture, n_embd, n_layer, n_head, n_vocab, seed)
+    n_head_kv = n_head_kv or n_head
+    weights = _weights(architecture, n_embd, n_layer, n_head, n_head_kv, n_vocab, seed)
     if tied:
         del weights["output.weight"]
     if rope_freqs:
@@ -120,14 +124,14 @@ def write_tiny_model(
     if tensors_per_file:
         path = path.with_name(f"{path.stem}-00001-of-{-(-len(weights) // tensors_per_file):05}.gguf")
     model = TinyModel(
-        path, architecture, n_embd, n_layer, n_head, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5, weights
+        path, architecture, n_embd, n_layer, n_head, n_head_kv, 2 * n_embd, n_vocab, 8192, 10000.0, 1e-5, weights
     )  # fmt: skip
     _write_metadata(writer, model, chat_template, extra or {})
     kind = GGMLQuantizationType[quantization]
     for name, weight in weights.items():
         if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight = weight[pair_order(n_embd, n_head)]
-        if weight.ndim == 1 or kind == GGMLQuantizationType.F32:
+            weight = weight[pair_order(len(weight), len(weight) * n_head // n_embd)]
+        if weight.ndim == 1 or kind == GGMLQuantizationType.F32 or "shortconv.conv" in name:
             writer.add_tensor(name, weight)
         else:
             writer.add_tensor(name, quants.quantize(weight, kind), raw_dtype=kind)
@@ -145,12 +149,12 @@ def _write_metadata(
     values: dict[str, Any] = {
         "context_length": model.n_ctx_train, "embedding_length": model.n_embd, "block_count": model.n_layer,
         "feed_forward_length": model.n_ff, "attention.head_count": model.n_head,
-        "attention.head_count_kv": model.n_head, "attention.key_length": head, "attention.value_length": head,
+        "attention.head_count_kv": model.n_head_kv, "attention.key_length": head, "attention.value_length": head,
         "rope.dimension_count": head, "rope.freq_base": model.rope_base,
         "attention.layer_norm_rms_epsilon": model.norm_eps, "vocab_size": model.n_vocab,
     }  # fmt: skip
     if model.architecture == "lfm2":
-        values["attention.head_count_kv"] = [model.n_head * (layer % 2) for layer in range(model.n_layer)]
+        values["attention.head_count_kv"] = [model.n_head_kv * (layer % 2) for layer in range(model.n_layer)]
         values["shortconv.l_cache"] = 3
     if model.architecture.startswith("gemma"):
         values["attention.sliding_window"] = 32
@@ -192,10 +196,11 @@ def _write_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _weights(
-    architecture: str, n_embd: int, n_layer: int, n_head: int, n_vocab: int, seed: int
+    architecture: str, n_embd: int, n_layer: int, n_head: int, n_head_kv: int, n_vocab: int, seed: int
 ) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
     n_ff, head = 2 * n_embd, n_embd // n_head
+    n_kv = n_head_kv * head
 
     def matrix(rows: int, columns: int) -> NDArray[np.float32]:
         return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
@@ -208,8 +213,8 @@ def _weights(
         block = {
             "attn_norm.weight": norm(n_embd),
             "attn_q.weight": matrix(n_embd, n_embd),
-            "attn_k.weight": matrix(n_embd, n_embd),
-            "attn_v.weight": matrix(n_embd, n_embd),
+            "attn_k.weight": matrix(n_kv, n_embd),
+            "attn_v.weight": matrix(n_kv, n_embd),
             "attn_output.weight": matrix(n_embd, n_embd),
             "ffn_norm.weight": norm(n_embd),
             "ffn_gate.weight": matrix(n_ff, n_embd),
@@ -217,7 +222,7 @@ def _weights(
             "ffn_down.weight": matrix(n_embd, n_ff),
         }
         if architecture in ("qwen2", "qwen2vl"):
-            block |= {f"attn_{part}.bias": 0.1 * matrix(1, n_embd)[0] for part in "qkv"}
+            block |= {f"attn_{part}.bias": 0.1 * matrix(1, len(block[f"attn_{part}.weight"]))[0] for part in "qkv"}
         if architecture in ("gemma3", "qwen3", "qwen3vl", "lfm2"):
             block |= {f"attn_{part}_norm.weight": norm(head) for part in "qk"}
         if architecture.startswith("gemma"):
@@ -226,7 +231,7 @@ def _weights(
             block = {
                 name: weight for name, weight in block.items() if not name.startswith(("attn_q", "attn_k", "attn_v"))
             }
-            block |= {"attn_qkv.weight": matrix(3 * n_embd, n_embd), "ffn_up.weight": matrix(2 * n_ff, n_embd)}
+            block |= {"attn_qkv.weight": matrix(n_embd + 2 * n_kv, n_embd), "ffn_up.weight": matrix(2 * n_ff, n_embd)}
             del block["ffn_gate.weight"]
         if architecture == "lfm2" and layer % 2 == 0:
             block = {name: weight for name, weight in block.items() if name.startswith(("ffn", "attn_norm"))}

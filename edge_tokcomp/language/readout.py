@@ -41,6 +41,7 @@ class Readout:
         self._python_address = ctypes.cast(self._python, ctypes.c_void_p).value or 0
         self._expected: tuple[bytes, ...] = ()
         self._found: dict[bytes, Floats] = {}
+        self._hits: dict[bytes, int] = {}
         self._fault: BaseException | None = None
 
     @property
@@ -58,7 +59,7 @@ class Readout:
     def expect(self, names: Sequence[str]) -> None:
         """What the next decode is to give; it computes no further. With no names it computes everything."""
         self._expected = tuple(name.encode() for name in names)
-        self._found, self._fault = {}, None
+        self._found, self._hits, self._fault = {}, {}, None
         name = self._expected[0] if names else None
         native = len(names) <= 1 and not (name and (_rotated(name) or len(name) > LONGEST_NAME))
         self._state.python = 0 if native and native_callback() else self._python_address
@@ -72,14 +73,16 @@ class Readout:
         """
         if self._fault is not None:
             raise self._fault
-        if not self._state.python and self._state.hits == 1:
-            self._found[self._expected[0]] = self._ggml.copy(self._state.tensor, 2)
-        if len(self._found) < len(self._expected) or self._state.hits > 1:
-            missing = next((name for name in self._expected if name not in self._found), self._expected[0])
-            raise TokcompError(
-                f"llama.cpp computed {missing.decode()} {self._state.hits} times where one was expected: a layer of "
-                "another kind; choose another layer or step, or run the uncut model"
-            )
+        if not self._state.python and self._expected:
+            self._hits[self._expected[0]] = self._state.hits
+            if self._state.hits == 1:
+                self._found[self._expected[0]] = self._ggml.copy(self._state.tensor, 2)
+        for name in self._expected:
+            if self._hits.get(name) != 1:
+                raise TokcompError(
+                    f"llama.cpp computed {name.decode()} {self._hits.get(name, 0)} times where one was expected: a "
+                    "layer of another kind; choose another layer or step, or run the uncut model"
+                )
         return [self._found[name] for name in self._expected]
 
     def _answer(self, tensor: int, ask: bool, _user_data: object) -> bool:
@@ -88,7 +91,7 @@ class Readout:
             name = self._ggml.name(tensor)
             if ask:
                 return name in self._expected and (not _rotated(name) or self._ggml.op(tensor) == b"ROPE")
-            self._state.hits = max(self._state.hits, 1 + (name in self._found))
+            self._hits[name] = self._hits.get(name, 0) + 1
             self._found[name] = self._ggml.copy(tensor, 3 if _rotated(name) else 2)
             return len(self._found) < len(self._expected)
         except BaseException as fault:  # noqa: BLE001

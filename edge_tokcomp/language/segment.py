@@ -160,6 +160,8 @@ class Segment:
 
         def take(part: slice) -> None:
             nonlocal done
+            if self._readout:
+                self._readout.take()  # nothing, or what was raised in its callback
             for row in np.flatnonzero(whole.wanted[part]):
                 self._context.copy_logits(int(row), answers[done])
                 done += 1
@@ -245,6 +247,19 @@ class Segment:
         if not 0 <= sequence < self._n_sequences:
             raise ValueError(f"sequence {sequence} is outside 0..{self._n_sequences - 1}; make the decoder with more")
 
+    def check_room(self, count: int, causal: bool = True) -> None:
+        """Raise ``TokcompError`` where ``count`` more rows do not fit the context, or at once if not ``causal``."""
+        if count > self.room:
+            raise TokcompError(
+                f"{count} rows of image and prompt do not fit: {self.room} of {self.n_ctx} context rows are free; "
+                f"raise n_ctx by {count - self.room} or more, or keep fewer image tokens"
+            )
+        if not causal and count > self.n_ubatch:
+            raise TokcompError(
+                f"{count} image rows that see one another must be computed at once, but n_ubatch is {self.n_ubatch}; "
+                f"raise n_ubatch and n_batch to {count} or more, or keep fewer image tokens"
+            )
+
     def _stand(self, sequence: int) -> Stand:
         self.check_sequence(sequence)
         return self._cells.last(sequence), self._cells.length(sequence) - 1
@@ -256,17 +271,8 @@ class Segment:
             architecture=model.architecture,
         )  # fmt: skip
         whole = join(batch, multi_position=model.multi_position)
-        count, asked = len(whole.wanted), int(whole.wanted.sum())
-        if count > self.room:
-            raise TokcompError(
-                f"{count} rows of image and prompt do not fit: {self.room} of {self.n_ctx} context rows are free; "
-                f"raise n_ctx by {count - self.room} or more, or keep fewer image tokens"
-            )
-        if not causal and count > self.n_ubatch:
-            raise TokcompError(
-                f"{count} image rows that see one another must be computed at once, but n_ubatch is {self.n_ubatch}; "
-                f"raise n_ubatch and n_batch to {count} or more, or keep fewer image tokens"
-            )
+        self.check_room(len(whole.wanted), causal)
+        asked = int(whole.wanted.sum())
         if not causal and asked > self._n_outputs:
             raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
         return whole

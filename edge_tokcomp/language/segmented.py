@@ -14,81 +14,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..layer_state import LayerState
-from ..tokens import Ints, Rows
-from .batches import Stand, check_rows, sections, wanted
+from ..tokens import Rows
+from .batches import Stand, check_rows
 from .decoder import Positions
 from .history import History
 from .model import LanguageModel
+from .pruning import Flow, Pruning, flows_of, split_answers
 from .readout import Readout
 from .row_attention import final_norm, head_scale, text_attention
 from .segment import Logits, Segment, check_memory, usual_context
 from .segment_files import SegmentFiles
 
 Floats = NDArray[np.float32]
-
-
-class Pruning(Protocol):
-    """A rule that says which image rows live on at a layer; ``methods.layer_step.LayerStep`` is what is meant."""
-
-    @property
-    def attention(self) -> Literal["none", "previous", "next"]:
-        """The layer whose attention it looks at."""
-
-    @property
-    def looks_at_keys(self) -> bool:
-        """Whether it looks at the keys of the layer before."""
-
-    def layers(self, depth: int) -> dict[int, float]:
-        """Layer to amount."""
-
-    def survivors(self, state: LayerState, amount: float) -> Ints:
-        """The image rows that live on."""
-
-
-@dataclass(eq=False)
-class _Flow:
-    """The rows of one sequence on their way through the segments.
-
-    ``number (n,)``: which of the rows that came in are left. ``attention``, ``keys``: of the layer before, over the
-    rows held and these.
-    """
-
-    sequence: int
-    hidden: Floats
-    positions: NDArray[np.int32]
-    crop: Ints
-    want: NDArray[np.bool_]
-    number: Ints
-    entered: int
-    attention: Floats | None = None
-    keys: Floats | None = None
-    kept: list[Ints] = field(default_factory=list)
-
-    @property
-    def image(self) -> Ints:
-        return np.flatnonzero(self.crop >= 0)
-
-    @property
-    def question(self) -> Ints:
-        """The text rows after the last image row."""
-        image = self.image
-        return np.arange(image[-1] + 1 if len(image) else 0, len(self.crop))
-
-    def keep(self, rows: Ints, held: int) -> None:
-        """Let only ``rows`` go on, of those behind the ``held`` ones."""
-        self.hidden, self.positions, self.crop = self.hidden[rows], self.positions[..., rows], self.crop[rows]
-        self.want, self.number = self.want[rows], self.number[rows]
-        whole = np.concatenate([np.arange(held), held + rows])
-        self.attention = None if self.attention is None else self.attention[:, whole]
-        self.keys = None if self.keys is None else self.keys[whole]
 
 
 class SegmentedDecoder:
@@ -106,24 +50,23 @@ class SegmentedDecoder:
         self.model = models[-1]
         self._n_layer = sum(model.n_layer for model in models)
         self._first = (0, *cuts)
+        self._models, self._segments = tuple(models), list[Segment]()
         self._n_sequences = int(options.pop("n_sequences", 1))
         bytes_per_row = sum(model.kv_bytes_per_row(options.get("kv_type", "f16")) for model in models)
         check_memory(options.get("n_ctx") or usual_context(self.model), bytes_per_row)
         self.set_steps(steps)
         with ExitStack() as stack:
-            self._segments: list[Segment] = []
             for model in models:
                 own: dict[str, Any] = dict(options)
                 if model is not self.model:
-                    # A call reads all its rows from one micro-batch.
+                    # A call reads all its rows from one micro-batch. It is the whole model's: flash attention rounds
+                    # otherwise in others.
                     own["n_batch"] = own["n_outputs"] = min(own.get("n_ubatch", 512), own.get("n_batch", 2048))
                 segment = Segment(model, n_sequences=self._n_sequences + 1, readout=Readout(), **own)
                 self._segments.append(stack.enter_context(segment))
             self._stack = stack.pop_all()
-        self._models = tuple(models)
         self._spare = self._n_sequences
         self.seconds = {**{f"segment {number}": 0.0 for number in range(len(models))}, "choose": 0.0}
-        self.clear()
 
     @classmethod
     def open(
@@ -207,8 +150,7 @@ class SegmentedDecoder:
         self._final_norm = None
         if any(step.looks_at_keys for entries in at.values() for step, _ in entries):
             self._final_norm = final_norm(self.model.header)
-        if hasattr(self, "_segments"):
-            self.clear()
+        self.clear()
 
     def length(self, sequence: int) -> int:
         """The position at which text may follow."""
@@ -233,8 +175,8 @@ class SegmentedDecoder:
             batch, self._stand, width=self.row_width, multi_position=self.model.multi_position,
             architecture=self.model.architecture,
         )  # fmt: skip
-        flows = self._flows(batch)
-        self._check_flows(flows)
+        flows = flows_of(batch, multi_position=self.model.multi_position)
+        self._check_flows(flows, causal)
         came = {flow.sequence: (flow.positions, flow.crop >= 0) for flow in flows}
         try:
             for number in range(len(self._segments)):
@@ -253,12 +195,13 @@ class SegmentedDecoder:
             for flow in flows:
                 self.drop(flow.sequence)
             raise
-        return _split(batch, flows, answers)
+        return split_answers(batch, flows, answers, self.n_vocab)
 
     def fork(self, source: int, target: int) -> None:
         """Let the empty sequence ``target`` share all that ``source`` holds, in every segment."""
         self._checked(source)
-        self._checked(target)
+        if count := len(self._history[self._checked(target)].time):
+            raise ValueError(f"sequence {target} holds {count} rows; drop it before forking into it")
         for segment in self._segments:
             segment.fork(source, target)
         self._history[target] = self._history[source]
@@ -284,7 +227,7 @@ class SegmentedDecoder:
         """Forget everything."""
         for segment in self._segments:
             segment.clear()
-        self._history = [History.empty(len(self._segments)) for _ in range(self._n_sequences)]
+        self._history = [History.empty(len(self._first)) for _ in range(self._n_sequences)]
         # Keys of the text before the image, by layer and sequence: what attention to it is computed from.
         self._lead_keys: dict[int, dict[int, Floats]] = {layer: {} for layer in self._looked_at()}
 
@@ -317,20 +260,9 @@ class SegmentedDecoder:
                     layers.add(layer - 1)
         return layers
 
-    def _flows(self, batch: Sequence[Rows]) -> list[_Flow]:
-        """The rows of each sequence, one after another."""
-        flows = []
-        for sequence in dict.fromkeys(rows.sequence for rows in batch):
-            mine = [rows for rows in batch if rows.sequence == sequence]
-            positions = [sections(rows) if self.model.multi_position else rows.positions for rows in mine]
-            crop = np.concatenate([np.full(len(r), -1, np.int64) if r.crop is None else r.crop for r in mine])
-            flows.append(_Flow(
-                sequence, np.concatenate([rows.embeddings for rows in mine]), np.concatenate(positions, axis=-1), crop,
-                np.concatenate([wanted(rows) for rows in mine]), np.arange(len(crop)), int((crop >= 0).sum()),
-            ))  # fmt: skip
-        return flows
-
-    def _check_flows(self, flows: Sequence[_Flow]) -> None:
+    def _check_flows(self, flows: Sequence[Flow], causal: bool) -> None:
+        if 0 not in self._at:  # with rows dropped before it, the first segment will see for itself
+            self._segments[0].check_room(sum(len(flow.number) for flow in flows), causal)
         for flow in flows:
             if not flow.entered or not self._at:
                 continue
@@ -341,6 +273,8 @@ class SegmentedDecoder:
                 )
             if not self.looks_at_text:
                 continue
+            if not causal:
+                raise ValueError("a step looks at the question, which image rows that see one another may not see")
             if not len(flow.question):
                 raise ValueError("a step looks at the question: decode the image in one batch with the text after it")
             history = self._history[flow.sequence]
@@ -350,7 +284,7 @@ class SegmentedDecoder:
                     "in one batch, before anything is generated"
                 )
 
-    def _prune(self, number: int, flow: _Flow) -> None:
+    def _prune(self, number: int, flow: Flow) -> None:
         layer, held = self._first[number], self._segments[number].rows(flow.sequence)
         looks = any(step.attention == "next" for step, _ in self._at.get(layer, ()))
         if looks and not flow.entered and self._is_lead(flow):
@@ -373,7 +307,7 @@ class SegmentedDecoder:
             flow.keep(np.sort(np.concatenate([np.flatnonzero(flow.crop < 0), image[stay]])), held)
         flow.attention = flow.keys = None
 
-    def _pass(self, number: int, flows: Sequence[_Flow], causal: bool) -> list[Logits]:
+    def _pass(self, number: int, flows: Sequence[Flow], causal: bool) -> list[Logits]:
         """Run one segment, and leave its hidden states in the flows; the last one gives logits."""
         if not flows:
             return []
@@ -401,7 +335,7 @@ class SegmentedDecoder:
                 self._note_keys(layer, flow.sequence, parts[2])
         return []
 
-    def _rows(self, number: int, flow: _Flow) -> Rows:
+    def _rows(self, number: int, flow: Flow) -> Rows:
         """What a flow feeds a segment."""
         positions = flow.positions
         if not self.model.multi_position:
@@ -409,13 +343,13 @@ class SegmentedDecoder:
             positions = np.arange(start, start + len(flow.number), dtype=np.int32)
         return Rows(flow.hidden, positions, flow.sequence, flow.want)
 
-    def _is_lead(self, flow: _Flow) -> bool:
+    def _is_lead(self, flow: Flow) -> bool:
         """Whether it is text that may come before an image, and not a token that was generated."""
         history = self._history[flow.sequence]
         text = not flow.entered and not history.image.any()
         return text and (len(flow.number) > 1 or not len(history.time))
 
-    def _probe(self, number: int, flow: _Flow, names: Sequence[str]) -> list[Floats]:
+    def _probe(self, number: int, flow: Flow, names: Sequence[str]) -> list[Floats]:
         """Queries and keys of a segment's first layer, had the flow gone on as it is; in a sequence of its own."""
         segment, rows = self._segments[number], self._rows(number, flow)
         segment.fork(flow.sequence, self._spare)
@@ -424,28 +358,16 @@ class SegmentedDecoder:
         finally:
             segment.drop(self._spare)
 
-    def _attention(self, layer: int, flow: _Flow, queries: Floats, keys: Floats) -> Floats:
+    def _attention(self, layer: int, flow: Flow, queries: Floats, keys: Floats) -> Floats:
         lead = self._lead_keys[layer].get(flow.sequence)
         whole = keys if lead is None else np.concatenate([lead, keys])
         return text_attention(queries[flow.question], whole, head_scale(self.model.header, keys.shape[2]))
 
     def _note_keys(self, layer: int, sequence: int, keys: Floats) -> None:
-        earlier = self._lead_keys[layer].get(sequence)
-        self._lead_keys[layer][sequence] = keys if earlier is None else np.concatenate([earlier, keys])
-
-
-def _split(batch: Sequence[Rows], flows: Sequence[_Flow], answers: Sequence[Logits]) -> list[Logits]:
-    """The logits of each flow, for each ``Rows`` of the batch."""
-    rest = dict(zip((flow.sequence for flow in flows if len(flow.number)), answers, strict=True))
-    found = []
-    for rows in batch:
-        count = int(wanted(rows).sum())
-        whole = rest.get(rows.sequence)
-        if whole is None:
-            raise ValueError(f"sequence {rows.sequence} was left without rows")
-        found.append(whole[:count])
-        rest[rows.sequence] = whole[count:]
-    return found
+        earlier = self._lead_keys[layer].get(sequence, keys[:0])
+        # More were noted in this call, for a step on the layer's other side; with fewer the text is not known whole.
+        if len(earlier) == len(self._history[sequence].time):
+            self._lead_keys[layer][sequence] = np.concatenate([earlier, keys])
 
 
 def _ranges(files: SegmentFiles) -> list[tuple[int, int]]:

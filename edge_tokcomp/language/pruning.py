@@ -1,0 +1,105 @@
+"""Rows on their way through layer segments, and what decides which of them go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..layer_state import LayerState
+from ..tokens import Ints, Rows
+from .batches import sections, wanted
+from .segment import Logits
+
+Floats = NDArray[np.float32]
+
+
+class Pruning(Protocol):
+    """A rule that says which image rows live on at a layer; ``methods.layer_step.LayerStep`` is what is meant."""
+
+    @property
+    def attention(self) -> Literal["none", "previous", "next"]:
+        """The layer whose attention it looks at."""
+
+    @property
+    def looks_at_keys(self) -> bool:
+        """Whether it looks at the keys of the layer before."""
+
+    def layers(self, depth: int) -> dict[int, float]:
+        """Layer to amount."""
+
+    def survivors(self, state: LayerState, amount: float) -> Ints:
+        """The image rows that live on."""
+
+
+@dataclass(eq=False)
+class Flow:
+    """The rows of one sequence on their way through the segments.
+
+    ``number (n,)``: which of the rows that came in are left. ``entered``: image rows that came in; ``asked``: text rows
+    after the last of them. ``attention``, ``keys``: of the layer before, over the rows held and these. ``kept``: what
+    was left before each segment so far.
+    """
+
+    sequence: int
+    hidden: Floats
+    positions: NDArray[np.int32]
+    crop: Ints
+    want: NDArray[np.bool_]
+    number: Ints
+    entered: int
+    asked: int
+    attention: Floats | None = None
+    keys: Floats | None = None
+    kept: list[Ints] = field(default_factory=list)
+
+    @property
+    def image(self) -> Ints:
+        """Places of the image rows that are left."""
+        return np.flatnonzero(self.crop >= 0)
+
+    @property
+    def question(self) -> Ints:
+        """The text rows after the image, whichever of its rows are left."""
+        return np.arange(len(self.crop) - self.asked, len(self.crop))
+
+    def keep(self, rows: Ints, held: int) -> None:
+        """Let only ``rows`` go on, of those behind the ``held`` ones."""
+        self.hidden, self.positions, self.crop = self.hidden[rows], self.positions[..., rows], self.crop[rows]
+        self.want, self.number = self.want[rows], self.number[rows]
+        whole = np.concatenate([np.arange(held), held + rows])
+        self.attention = None if self.attention is None else self.attention[:, whole]
+        self.keys = None if self.keys is None else self.keys[whole]
+
+
+def flows_of(batch: Sequence[Rows], *, multi_position: bool) -> list[Flow]:
+    """The rows of each sequence, one after another."""
+    flows = []
+    for sequence in dict.fromkeys(rows.sequence for rows in batch):
+        mine = [rows for rows in batch if rows.sequence == sequence]
+        positions = [sections(rows) if multi_position else rows.positions for rows in mine]
+        crop = np.concatenate([np.full(len(r), -1, np.int64) if r.crop is None else r.crop for r in mine])
+        image = np.flatnonzero(crop >= 0)
+        flows.append(Flow(
+            sequence, np.concatenate([rows.embeddings for rows in mine]), np.concatenate(positions, axis=-1), crop,
+            np.concatenate([wanted(rows) for rows in mine]), np.arange(len(crop)), len(image),
+            len(crop) - 1 - int(image.max(initial=-1)),
+        ))  # fmt: skip
+    return flows
+
+
+def split_answers(
+    batch: Sequence[Rows], flows: Sequence[Flow], answers: Sequence[Logits], n_vocab: int
+) -> list[Logits]:
+    """The logits of each flow, for each ``Rows`` of the batch; none of a flow whose rows were all dropped."""
+    rest = dict.fromkeys((flow.sequence for flow in flows), np.zeros((0, n_vocab), np.float32))
+    rest |= zip((flow.sequence for flow in flows if len(flow.number)), answers, strict=True)
+    found = []
+    for rows in batch:
+        whole, count = rest[rows.sequence], int(wanted(rows).sum())
+        found.append(whole[:count])
+        rest[rows.sequence] = whole[count:]
+    return found
