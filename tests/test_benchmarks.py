@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -29,12 +28,6 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     return module
 
 
-@pytest.mark.parametrize("script", ["layer_steps"], indirect=True)
-def test_tasks_never_asked_are_left_out_of_the_mean(script: Any) -> None:
-    scores = {"digit": np.array([1.0, 0.0, np.nan]), "relation": np.full(3, np.nan), "caption": np.full(3, 0.25)}
-    assert script.line("fastv@1:0.5", 360.4, scores) == "| `fastv@1:0.5` | 360 | 37.5 | 50.0 | - | 25.0 |"
-
-
 @pytest.mark.parametrize("script", ["selection"], indirect=True)
 def test_every_round_has_all_work_items_and_everyone_gets_other_neighbours(script: Any) -> None:
     names = [f"item {number}" for number in range(12)]
@@ -46,14 +39,28 @@ def test_every_round_has_all_work_items_and_everyone_gets_other_neighbours(scrip
         assert max(before.count(other) for other in names) <= len(rounds) / 3
 
 
+@pytest.mark.parametrize("script", ["layer_segments"], indirect=True)
+def test_ratios_are_taken_round_by_round_and_token_by_token(script: Any) -> None:
+    def turns(prefill: list[float], tokens: list[list[float]]) -> list[Any]:
+        return [
+            script.Turn({"whole": whole}, 288.0, [{"whole": each} for each in mine])
+            for whole, mine in zip(prefill, tokens, strict=True)
+        ]
+
+    plain = turns([100, 200, 400], [[10, 20, 40]] * 3)
+    other = turns([300, 200, 200], [[20, 20, 80], [20, 30, 40], [10, 10, 40]])
+    assert script.times_table({"plain": plain, "segmented": other}).splitlines()[2:] == [
+        "| plain | 288 | 200.0 | 1.000 (1.000 to 1.000) | 20.00 | 1.000 (1.000 to 1.000) |",
+        "| segmented | 288 | 200.0 | 1.000 (0.500 to 3.000) | 20.00 | 1.500 (1.000 to 2.000) |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["selection.py", "--methods", "prunsid"], "unknown method 'prunsid' (did you mean 'prunesid'?)"),
         (["selection.py", "--methods", "luvc", "--rounds", "1"], "method luvc acts in the tower or before it"),
-        (["layer_steps.py", "--steps", "fastv@1:nan"], "'nan' is not a number"),
-        (["layer_steps.py", "--steps", "fastv@4:0.5", "--scenes", "1"], "layer 4 of a model of 4 layers"),
-        (["layer_steps.py", "--method", "nothing"], "unknown method 'nothing'"),
+        (["layer_segments.py", "--steps", "fastv@1:nan"], "'nan' is not a number"),
     ],
 )
 def test_what_a_user_can_mend_ends_in_one_line(arguments: list[str], says: str) -> None:
