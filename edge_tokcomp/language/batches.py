@@ -29,10 +29,17 @@ class Join:
 
 def join(batch: Sequence[Rows], *, multi_position: bool) -> Join:
     """Lay ``batch`` end to end."""
-    positions = [sections(rows) if multi_position else rows.positions for rows in batch]
+    if len(batch) == 1:
+        (rows,) = batch
+        positions = sections(rows) if multi_position else rows.positions
+        return Join(
+            rows.embeddings, positions.astype(np.int32, copy=False), np.full(len(rows), rows.sequence, np.int32),
+            wanted(rows),
+        )  # fmt: skip
+    places = [sections(rows) if multi_position else rows.positions for rows in batch]
     return Join(
         np.concatenate([rows.embeddings for rows in batch]),
-        np.concatenate(positions, axis=-1).astype(np.int32),
+        np.concatenate(places, axis=-1).astype(np.int32),
         np.repeat([rows.sequence for rows in batch], [len(rows) for rows in batch]).astype(np.int32),
         np.concatenate([wanted(rows) for rows in batch]),
     )
@@ -79,8 +86,7 @@ def parts(outputs: NDArray[np.bool_], most_rows: int, most_outputs: int) -> Iter
     start = 0
     while start < len(outputs):
         stop = min(start + most_rows, len(outputs))
-        within = np.flatnonzero(outputs[start:stop])
-        if len(within) > most_outputs:
+        if stop - start > most_outputs and len(within := np.flatnonzero(outputs[start:stop])) > most_outputs:
             stop = start + int(within[most_outputs])
         yield slice(start, stop)
         start = stop

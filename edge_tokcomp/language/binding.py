@@ -232,6 +232,15 @@ class ContextOptions:
     kv_type: Literal["f16", "f32"]
 
 
+class _BatchFields(ctypes.Structure):
+    """``llama_batch`` with plain addresses: typed pointers take microseconds to make, for every generated token."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
+    )
+
+
 class Context(Handle):
     """One llama_context: a key-value cache shared by all sequences, and the compute buffers to fill it."""
 
@@ -260,6 +269,8 @@ class Context(Handle):
         super().__init__(pointer, llama.llama_free, keep=(model, readout))
         model._contexts.add(self)
         self._n_vocab = model.n_vocab
+        self._fields = _BatchFields()
+        self._batch = llama.llama_batch.from_buffer(self._fields)
         self._memory = llama.llama_get_memory(pointer)
         self.n_ctx = int(llama.llama_n_ctx(pointer))
         self.n_batch = int(llama.llama_n_batch(pointer))
@@ -282,16 +293,13 @@ class Context(Handle):
         sequences = np.ascontiguousarray(sequences, np.int32)
         outputs = np.ascontiguousarray(outputs, np.int8)
         # seq_id is an array of pointers, one a row, each to that row's single sequence id.
-        owners = sequences.ctypes.data + sequences.itemsize * np.arange(count, dtype=np.uintp)
+        owners = _address(sequences) + sequences.itemsize * np.arange(count, dtype=np.uintp)
         lengths = np.ones(count, np.int32)
-        batch = llama.llama_batch()
-        batch.n_tokens = count
-        batch.embd = _pointer(embeddings, ctypes.c_float)
-        batch.pos = _pointer(positions, llama.llama_pos)
-        batch.n_seq_id = _pointer(lengths, ctypes.c_int32)
-        batch.seq_id = _pointer(owners, ctypes.POINTER(llama.llama_seq_id))
-        batch.logits = _pointer(outputs, ctypes.c_int8)
-        code = int(_backend.attempt(lambda: llama.llama_decode(self.pointer, batch)))
+        fields = self._fields
+        fields.n_tokens, fields.embd, fields.pos = count, _address(embeddings), _address(positions)
+        fields.n_seq_id, fields.seq_id, fields.logits = _address(lengths), _address(owners), _address(outputs)
+        pointer = self.pointer
+        code = int(_backend.attempt(lambda: llama.llama_decode(pointer, self._batch)))
         if code:
             raise TokcompError(f"llama.cpp cannot decode {count} rows (code {code}: {_backend.reason})")
 
@@ -347,6 +355,10 @@ class SamplerChain(Handle):
         token = int(array.data[array.selected].id)
         llama.llama_sampler_accept(self.pointer, token)
         return token
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _pointer(array: NDArray[Any], item: Any) -> Any:

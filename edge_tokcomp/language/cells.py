@@ -1,14 +1,15 @@
 """A mirror of the key-value cache: which cells are taken, and where every sequence stands.
 
-llama.cpp answers a full cache with an error in the middle of a batch; the mirror answers before.
+llama.cpp answers a full cache with an error in the middle of a batch; the mirror answers before. Plain lists: most
+calls are about one row, for which arrays take longer.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 from numpy.typing import NDArray
-
-Ints = NDArray[np.int64]
 
 
 class Cells:
@@ -16,16 +17,17 @@ class Cells:
 
     def __init__(self, n_cells: int, n_sequences: int) -> None:
         self.n_cells = n_cells
-        self._uses = np.zeros(n_cells, np.int32)
-        self._position = np.zeros(n_cells, np.int64)
+        self._free = list(range(n_cells))
+        self._uses = [0] * n_cells
+        self._position = [0] * n_cells
         # The highest position of any section up to and including this row: where following text may start.
-        self._reach = np.zeros(n_cells, np.int64)
-        self._members: list[Ints] = [np.empty(0, np.int64) for _ in range(n_sequences)]
+        self._reach = [0] * n_cells
+        self._members: list[list[int]] = [[] for _ in range(n_sequences)]
 
     @property
     def room(self) -> int:
         """Cells that nobody uses."""
-        return int(self.n_cells - np.count_nonzero(self._uses))
+        return len(self._free)
 
     def rows(self, sequence: int) -> int:
         """Rows held by ``sequence``."""
@@ -34,34 +36,41 @@ class Cells:
     def last(self, sequence: int) -> int:
         """The last row's (temporal) position, -1 for an empty sequence."""
         members = self._members[sequence]
-        return int(self._position[members[-1]]) if len(members) else -1
+        return self._position[members[-1]] if members else -1
 
     def length(self, sequence: int) -> int:
         """The position at which text may follow."""
         members = self._members[sequence]
-        return int(self._reach[members[-1]]) + 1 if len(members) else 0
+        return self._reach[members[-1]] + 1 if members else 0
 
     def add(self, sequence: int, positions: NDArray[np.int32]) -> None:
         """Take cells for rows at ``positions``, ``(n,)`` or ``(4, n)``; there must be room."""
-        sections = np.atleast_2d(positions).astype(np.int64)
-        free = np.flatnonzero(self._uses == 0)[: sections.shape[1]]
-        if len(free) < sections.shape[1]:
-            raise ValueError(f"{sections.shape[1]} rows do not fit into {len(free)} free cells")
-        reach = np.maximum(np.maximum.accumulate(sections.max(axis=0)), self.length(sequence) - 1)
-        self._position[free], self._reach[free], self._uses[free] = sections[0], reach, 1
-        self._members[sequence] = np.concatenate([self._members[sequence], free])
+        times: list[int] = (positions if positions.ndim == 1 else positions[0]).tolist()
+        highest: list[int] = times if positions.ndim == 1 else positions.max(axis=0).tolist()
+        if len(times) > len(self._free):
+            raise ValueError(f"{len(times)} rows do not fit into {len(self._free)} free cells")
+        reach = self.length(sequence) - 1
+        for time, most in zip(times, highest, strict=True):
+            cell = self._free.pop()
+            reach = max(reach, most)
+            self._position[cell], self._reach[cell], self._uses[cell] = time, reach, 1
+            self._members[sequence].append(cell)
 
     def fork(self, source: int, target: int) -> None:
         """Let ``target`` share every row of ``source``."""
-        self._members[target] = self._members[source].copy()
-        self._uses[self._members[target]] += 1
+        self._members[target] = list(self._members[source])
+        for cell in self._members[target]:
+            self._uses[cell] += 1
 
     def drop(self, sequence: int, start: int = 0) -> None:
         """Release rows whose (temporal) position is ``start`` or later."""
         members = self._members[sequence]
-        kept = int(np.searchsorted(self._position[members], start))
-        self._uses[members[kept:]] -= 1
-        self._members[sequence] = members[:kept].copy()
+        kept = bisect_left(members, start, key=self._position.__getitem__)
+        for cell in members[kept:]:
+            self._uses[cell] -= 1
+            if not self._uses[cell]:
+                self._free.append(cell)
+        del members[kept:]
 
     def clear(self) -> None:
         """Release everything."""

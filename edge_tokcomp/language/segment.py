@@ -139,12 +139,13 @@ class Segment:
         """Rows held by a sequence."""
         return self._cells.rows(sequence)
 
-    def logits(self, batch: Sequence[Rows], *, causal: bool = True) -> list[Logits]:
+    def logits(self, batch: Sequence[Rows], *, causal: bool = True, checked: bool = False) -> list[Logits]:
         """Append the rows of ``batch``, which may belong to several sequences; later ``Rows`` see earlier ones.
 
         For each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows it wants, by default its last. Batches above
         ``n_batch`` take several calls. ``causal=False`` lets rows of one sequence see one another in both directions
-        (Gemma-3 images); such a batch must fit ``n_ubatch``.
+        (Gemma-3 images); such a batch must fit ``n_ubatch``. ``checked``: the caller vouches for widths, values and
+        positions.
 
         Raises ``TokcompError`` when the rows do not fit the context or the micro-batch, ``ValueError`` for rows of the
         wrong width, with non-finite values or at positions the model does not allow.
@@ -152,7 +153,7 @@ class Segment:
         _ = self._context.pointer  # a closed context says so before anything else
         if not batch:
             return []
-        whole = self._checked(batch, causal)
+        whole = self._joined(batch, causal, checked)
         answers = np.empty((int(whole.wanted.sum()), self._model.n_vocab), np.float32)
         if self._readout:
             self._readout.expect(())
@@ -167,10 +168,14 @@ class Segment:
                 done += 1
 
         self._run(batch, whole, causal, list(parts(whole.wanted, self.n_batch, self._n_outputs)), take)
+        if len(batch) == 1:
+            return [answers]
         counts = [int(wanted(rows).sum()) for rows in batch]
         return np.split(answers, np.cumsum(counts)[:-1])
 
-    def tensors(self, batch: Sequence[Rows], names: Sequence[str], *, causal: bool = True) -> list[Floats]:
+    def tensors(
+        self, batch: Sequence[Rows], names: Sequence[str], *, causal: bool = True, checked: bool = False
+    ) -> list[Floats]:
         """As ``logits``, but give tensors of the graph for all rows of the batch, and compute no further than these.
 
         ``names``: ``l_out-N`` gives ``(n, n_embd)``, ``Qcur-N`` and ``Kcur-N`` rotated ``(n, heads, head_dim)``.
@@ -179,7 +184,7 @@ class Segment:
         if self._readout is None:
             raise ValueError("this context was made without a readout")
         readout = self._readout
-        whole = self._checked(batch, causal)
+        whole = self._joined(batch, causal, checked)
         # The last layer of a graph computes output rows only; its queries and keys come before that.
         every = np.full(len(whole.wanted), any(name.startswith("l_out") for name in names))
         found: list[list[Floats]] = [[] for _ in names]
@@ -194,10 +199,11 @@ class Segment:
         ]
         readout.expect(names)
 
-        def take(_part: slice) -> None:
+        def take(part: slice) -> None:
             for arrays, array in zip(found, readout.take(), strict=True):
                 arrays.append(array)
-            readout.expect(names)
+            if part.stop < len(every):
+                readout.expect(names)
 
         self._run(batch, Join(whole.embeddings, whole.positions, whole.sequences, every), causal, calls, take)
         return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in found]
@@ -264,12 +270,13 @@ class Segment:
         self.check_sequence(sequence)
         return self._cells.last(sequence), self._cells.length(sequence) - 1
 
-    def _checked(self, batch: Sequence[Rows], causal: bool) -> Join:
+    def _joined(self, batch: Sequence[Rows], causal: bool, checked: bool) -> Join:
         model = self._model
-        check_rows(
-            batch, self._stand, width=self.row_width, multi_position=model.multi_position,
-            architecture=model.architecture,
-        )  # fmt: skip
+        if not checked:
+            check_rows(
+                batch, self._stand, width=self.row_width, multi_position=model.multi_position,
+                architecture=model.architecture,
+            )  # fmt: skip
         whole = join(batch, multi_position=model.multi_position)
         self.check_room(len(whole.wanted), causal)
         asked = int(whole.wanted.sum())

@@ -314,7 +314,7 @@ class SegmentedDecoder:
         segment = self._segments[number]
         batch = [self._rows(number, flow) for flow in flows]
         if number == len(self._segments) - 1:
-            return segment.logits(batch, causal=causal)
+            return segment.logits(batch, causal=causal, checked=True)
         last = self._models[number].n_layer - 1
         layer = self._first[number] + last
         names = [f"l_out-{last}"]
@@ -322,9 +322,10 @@ class SegmentedDecoder:
         looking = [flow for flow in flows if flow.entered or self._is_lead(flow)] if steps else []
         if looking:
             names += [f"Qcur-{last}", f"Kcur-{last}"]
-        tensors = segment.tensors(batch, names, causal=causal)
+        tensors = segment.tensors(batch, names, causal=causal, checked=True)
         ends = np.cumsum([len(flow.number) for flow in flows])[:-1]
-        for flow, *parts in zip(flows, *(np.split(tensor, ends) for tensor in tensors), strict=True):
+        split = [[tensor] for tensor in tensors] if len(flows) == 1 else [np.split(tensor, ends) for tensor in tensors]
+        for flow, *parts in zip(flows, *split, strict=True):
             flow.hidden = parts[0]
             if flow in looking and flow.entered:
                 flow.attention = self._attention(layer, flow, parts[1], parts[2])
@@ -354,7 +355,7 @@ class SegmentedDecoder:
         segment, rows = self._segments[number], self._rows(number, flow)
         segment.fork(flow.sequence, self._spare)
         try:
-            return segment.tensors([Rows(rows.embeddings, rows.positions, self._spare)], names)
+            return segment.tensors([Rows(rows.embeddings, rows.positions, self._spare)], names, checked=True)
         finally:
             segment.drop(self._spare)
 
