@@ -15,6 +15,7 @@ from edge_tokcomp.captioning import count_done
 from edge_tokcomp.dynamic import Sharing
 from edge_tokcomp.errors import UsageError
 from edge_tokcomp.methods import get_method
+from edge_tokcomp.methods.layer_steps import read_layer_steps
 from edge_tokcomp.parameters import Parameters, hash_of_model, params_hash
 from edge_tokcomp.resume import Done, check_ids
 from edge_tokcomp.sources import find_sources
@@ -56,7 +57,7 @@ def test_the_parameters_hash_depends_on_all_that_decides_a_caption() -> None:
 
 def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM, tmp_path: Path) -> None:
     def like(**changed: object) -> str:
-        names = ("lm", "mmproj", "method", "keep", "sharing", "seed", "encoder", "decoder")
+        names = ("lm", "mmproj", "method", "keep", "sharing", "seed", "encoder", "decoder", "layer_steps")
         given = {name: getattr(vlm, name) for name in names} | changed
         return hash_of_model(SimpleNamespace(**given))  # type: ignore[arg-type]
 
@@ -69,6 +70,7 @@ def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM,
         {"keep": 5}, {"seed": 9}, {"encoder": SimpleNamespace(precision="int8")},
         {"decoder": SimpleNamespace(n_ctx=77)}, {"sharing": Sharing("batch")}, {"sharing": Sharing("running")},
         {"sharing": Sharing(0.5)}, {"sharing": Sharing(0.6)},
+        {"layer_steps": read_layer_steps("fastv@1:0.5")}, {"layer_steps": read_layer_steps("fastv@1:0.6")},
     ]  # fmt: skip
     assert len({base, *(like(**change) for change in changes)}) == 1 + len(changes)
     moved = tmp_path / "moved.gguf"
