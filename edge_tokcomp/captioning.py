@@ -56,6 +56,7 @@ class Summary:
     first_token_ms: list[float] = field(default_factory=list)
     tokens_before: int = 0
     tokens_after: int = 0
+    layer_tokens: float = 0.0
 
     def count(self, record: Record, skipped: bool) -> None:
         """One more picture."""
@@ -69,6 +70,7 @@ class Summary:
                 self.first_token_ms.append(record.timings_ms["first_token"])
                 self.tokens_before += record.tokens_before
                 self.tokens_after += record.tokens_after
+                self.layer_tokens += float(record.choices.get("layer_tokens", 0))
             else:
                 self.copied += 1
 
@@ -87,7 +89,8 @@ class Summary:
         if self.first_token_ms:
             parts.append(f"median time to first token {statistics.median(self.first_token_ms):.0f} ms")
         if self.tokens_before:
-            parts.append(f"image tokens {self.tokens_before:,} → {self.tokens_after:,}")
+            inside = f", {self.layer_tokens:,.0f} in a layer" if self.layer_tokens else ""
+            parts.append(f"image tokens {self.tokens_before:,} → {self.tokens_after:,}{inside}")
         return ", ".join(parts)
 
 
@@ -194,7 +197,7 @@ class _Job:
         parameters = self.parameters.for_source(source)
         record = Record(
             id=source.id, sha256="", status="ok", error="", caption="", width=0, height=0, tokens_before=0,
-            tokens_after=0, method=str(self.vlm.method), keep=self.vlm.keep, model=encodable(self.vlm.lm.name),
+            tokens_after=0, method=str(self.vlm.method), keep=self.vlm.keep, model=encodable(self.vlm.name),
             seed=self.vlm.seed, timings_ms={}, version=__version__,
             params_hash=params_hash(self.vlm_hash, parameters), root=source.root,
         )  # fmt: skip

@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--out", metavar="FILE.png", required=True)
     inspect.add_argument("--question", metavar="TEXT", help="what is asked, for methods that look at the question "
                          "(default: to describe the image)")  # fmt: skip
-    _model_options(inspect)
+    _model_options(inspect, steps=False)
 
     evaluate = _verb(verbs, "eval", "score a method on the demo tasks")
     evaluate.add_argument("--scenes", type=int, default=200, metavar="N", help="fresh test scenes (default 200)")
@@ -179,7 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("lm", metavar="LM.gguf")
     split.add_argument("--at", required=True, metavar="L,L,...", help="layers that begin a segment, as in 8,16,24")
     split.add_argument("--out", metavar="DIR", help="a new folder for the segments (default: in the cache)")
-    split.add_argument("--no-verify", action="store_true", help="do not run the segments against the whole model")
+    split.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="run the segments against "
+                       "the whole model (default)")  # fmt: skip
     split.add_argument("--threads", type=int, metavar="N", help="for that check (default: all cores)")
     return parser
 
@@ -191,7 +192,7 @@ def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str,
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True, steps: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--lm", metavar="LM.gguf", help="language model, or a folder of its segments (see `split`); "
                        "the bundled demo model without it")  # fmt: skip
@@ -211,9 +212,12 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True)
     group.add_argument("--keep", metavar="K", help="image tokens kept: 64, 0.25 or 25%% (default: all; with "
                        "--method a quarter)")  # fmt: skip
     group.add_argument("--method", metavar="M", help="how they are chosen (default mosaic), see `methods`")
-    group.add_argument("--layer-steps", metavar="S", help="drop image tokens inside the language model too, as in "
-                       "spectrum@8:0.5,16:0.25,24:0 or fastv@2:0.5, several joined by +; layers by number or as a "
-                       "fraction of the depth; see `methods`")  # fmt: skip
+    if steps:
+        group.add_argument("--layer-steps", metavar="S", help="drop image tokens inside the language model too, as in "
+                           "spectrum@8:0.5,16:0.25,24:0 or fastv@2:0.5, several joined by +; layers by number or as a "
+                           "fraction of the depth; see `methods`")  # fmt: skip
+    else:
+        parser.set_defaults(layer_steps=None)
     group.add_argument("--dynamic", choices=("batch", "running", "calibrated"), help="more tokens for pictures with "
                        "more to see, half to twice --keep, which is the mean: over all pictures of the run, exactly "
                        "(batch: each is scored first, so the tower runs twice); over those so far (running); over "

@@ -68,7 +68,8 @@ def caption(options: argparse.Namespace) -> int:
         done = already()
         console = Console(len(sources))
         stack.callback(console.close)
-        console.say(f"{vlm.lm.name}, tower {vlm.encoder.tower.provider_reason}, {len(sources)} images")
+        inside = f"layer steps {spell_steps(vlm.layer_steps)}, " if vlm.layer_steps else ""
+        console.say(f"{vlm.name}, {inside}tower {vlm.encoder.tower.provider_reason}, {len(sources)} images")
         if warning:
             console.say(warning)
         if vlm.sharing and vlm.sharing.by == "batch":
@@ -299,6 +300,8 @@ def _eval_matrix(options: argparse.Namespace) -> int:
             "--matrix DIR takes --methods, --keeps and --steps; --method, --keep, --dynamic, --layer-steps, "
             "--wrong-image and --json do not go with it"
         )
+    if any(not text.strip() for text in options.steps or ()):
+        raise UsageError("--steps: an empty one; without steps every method is scored anyway")
     names, keeps = options.methods or DEFAULT_METHODS, options.keeps or DEFAULT_KEEPS
     if min(keeps) < 1:
         raise UsageError(f"--keeps {min(keeps)} leaves no token")
@@ -309,7 +312,7 @@ def _eval_matrix(options: argparse.Namespace) -> int:
     command = f"edge-tokcomp eval --scenes {options.scenes} --seed {options.seed} --matrix {options.matrix}"
     command += " --tuning" * options.tuning
     for flag, values in (("--methods", options.methods), ("--keeps", options.keeps), ("--steps", options.steps)):
-        command += f" {flag} {' '.join(map(str, values))}" if values else ""
+        command += f" {flag} {shlex.join(map(str, values))}" if values else ""
     with _load(options) as vlm, tqdm(total=options.scenes, unit="scene", file=sys.stderr) as bar:
         document = run_matrix(
             vlm, names, keeps, steps, scenes=options.scenes, seed=options.seed, tuning=options.tuning,

@@ -80,8 +80,10 @@ def evaluate(
     arms = [Arm(get_method("none"), 1.0)]
     if vlm.method.compresses or steps:
         arms.append(Arm(vlm.method, vlm.keep, dynamic, steps))
-    scored = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image, tuning=tuning)
-    vlm.set_layer_steps(steps)
+    try:
+        scored = score_arms(vlm, arms, scenes=scenes, seed=seed, wrong_image=wrong_image, tuning=tuning)
+    finally:
+        vlm.set_layer_steps(steps)
     plain, mine = scored[0].scores, scored[-1].scores
     tasks: dict[str, dict[str, float]] = {}
     for task in mine:
@@ -94,7 +96,7 @@ def evaluate(
     return {
         "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "tuning": tuning,
         "seed": seed, "wrong_image": wrong_image, "layer_steps": spell_steps(steps), "tokens": scored[-1].tokens,
-        "layer_tokens": round(scored[-1].layer_tokens, 1), "model": vlm.lm.name,
+        "layer_tokens": round(scored[-1].layer_tokens, 1), "model": vlm.name,
         "precision": vlm.encoder.precision, "version": __version__,
         "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip

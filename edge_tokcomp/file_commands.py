@@ -77,12 +77,13 @@ def split(options: argparse.Namespace) -> int:
         at = [int(layer) for layer in options.at.split(",")]
     except ValueError as fault:
         raise UsageError(f"--at {options.at}: name layers by number, as in --at 8,16,24") from fault
-    verify, threads = not options.no_verify, check_positive("--threads", options.threads)
+    verify, threads = options.verify, check_positive("--threads", options.threads)
     size = sum(path.stat().st_size for path in split_files(read_header(options.lm))) / 1e6
-    print(f"{options.lm}, {size:,.1f} MB: cutting it before layers {', '.join(map(str, at))}", file=sys.stderr)  # noqa: T201
+    print(f"{options.lm}: {size:,.1f} MB", file=sys.stderr)  # noqa: T201
     if options.out is None:
         folder = cached_segments(options.lm, at, verify=verify, threads=threads)
     else:
+        print(f"cutting it before layers {', '.join(map(str, at))}", file=sys.stderr)  # noqa: T201
         folder = split_model(options.lm, at, options.out, verify=verify, threads=threads)
     files = SegmentFiles.read(folder)
     bounds = [0, *files.cuts, files.depth]

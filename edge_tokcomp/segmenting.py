@@ -9,9 +9,10 @@ from pathlib import Path
 
 from .errors import TokcompError, UsageError
 from .language.decoder import PlainDecoder
-from .language.gguf_header import read_header, split_files
+from .language.gguf_header import GgufHeader, layer_count, read_header, split_files
 from .language.model import LanguageModel, check_language_model
-from .language.segment_files import SegmentFiles
+from .language.pruning import schedule
+from .language.segment_files import PREFIX, SegmentFiles
 from .language.segmented import SegmentedDecoder
 from .methods.layer_step import LayerStep
 
@@ -29,9 +30,12 @@ def open_language(
     model does not have.
     """
     files = SegmentFiles.read(lm) if lm.is_dir() else None
-    if files is None and steps:
-        cuts = _cuts(lm, steps)
-        if cuts:
+    if files is None:
+        header = check_language_model(lm)
+        if header.text(PREFIX + "source"):
+            index, count = (int(header.number(PREFIX + key, 0)) for key in ("index", "count"))
+            raise TokcompError(f"{lm}: is segment {index} of {count} of a model; name its folder, {lm.parent}")
+        if cuts := _cuts(header, steps):
             from .export.split import cached_segments
 
             files = SegmentFiles.read(cached_segments(lm, cuts, threads=threads))
@@ -53,16 +57,20 @@ def model_files(lm: Path) -> tuple[Path, ...]:
     return SegmentFiles.read(lm).paths if lm.is_dir() else tuple(split_files(read_header(lm)))
 
 
-def _cuts(lm: Path, steps: Sequence[LayerStep]) -> list[int]:
+def model_name(lm: Path) -> str:
+    """The name of a language model's file; of segments, that of the file they were cut from."""
+    return SegmentFiles.read(lm).name if lm.is_dir() else lm.name
+
+
+def _cuts(header: GgufHeader, steps: Sequence[LayerStep]) -> list[int]:
     """Where the model has to be cut for ``steps``."""
-    header = check_language_model(lm)
-    depth = int(header.number(f"{header.text('general.architecture')}.block_count", 0))
-    if depth < 1:
-        raise TokcompError(f"{lm}: does not say how many layers it has, so it cannot be cut for layer steps")
+    depth = layer_count(header)
     cuts: set[int] = set()
     for step in steps:
         try:
             cuts |= set(step.layers(depth))
         except UsageError as fault:
-            raise UsageError(f"{fault} ({lm.name})") from fault
-    return sorted(cuts - {0})
+            raise UsageError(f"{fault} ({header.path.name})") from fault
+    found = sorted(cuts - {0})
+    schedule(steps, found, depth, header.text("general.architecture"))
+    return found

@@ -31,7 +31,7 @@ from .methods import Method, get_method
 from .methods.layer_step import LayerStep, spell_steps
 from .methods.layer_steps import read_layer_steps
 from .prompt_rows import prompt_parts, rows_of
-from .segmenting import open_language
+from .segmenting import model_name, open_language
 from .tokens import Rows
 from .tower import Provider
 
@@ -115,12 +115,16 @@ def load(
 class VLM:
     """A loaded model. Use as a context manager, or ``close``. Not for several threads at once."""
 
+    name: str
+    """Of the language model's file, or of that its segments were cut from."""
+
     def __init__(
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
         layer_steps: tuple[LayerStep, ...], precision: Literal["fp32", "int8"], provider: Provider, gpu_layers: int,
         threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
+        self.name = model_name(lm)
         self.seed, self.threads = seed, threads
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
@@ -137,11 +141,7 @@ class VLM:
                     f"{mmproj} writes rows of {width}, {lm} takes {self.decoder.row_width}; "
                     "the two files are not of one model"
                 )
-            if self.decoder.looks_at_text and not self.encoder.family.causal:
-                raise UsageError(
-                    f"layer steps that look at the question ({spell_steps(layer_steps)}) do not go with "
-                    f"{self.encoder.family.name}, whose image tokens see one another; use spectrum"
-                )
+            self._check_steps(layer_steps)
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.encoder.directory, mmproj).mean
             self.layer_steps = layer_steps
@@ -218,6 +218,7 @@ class VLM:
         Raises ``UsageError`` for other layers, and for any steps where the model was loaded whole.
         """
         chosen = read_layer_steps(steps)
+        self._check_steps(chosen)
         if isinstance(self.decoder, SegmentedDecoder):
             self._end_stream()
             self._held = None
@@ -225,6 +226,13 @@ class VLM:
         elif chosen:
             raise UsageError("the model was loaded whole; load it with layer_steps, or from a directory of segments")
         self.layer_steps = chosen
+
+    def _check_steps(self, steps: Sequence[LayerStep]) -> None:
+        if not self.encoder.family.causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
+            raise UsageError(
+                f"layer steps {spell_steps(steps)}: {self.encoder.family.name} lets image tokens see one another, so "
+                "the question cannot be read with them; use spectrum"
+            )
 
     def compress(
         self, seen: SeenImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT

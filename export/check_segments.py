@@ -68,7 +68,10 @@ def verify_segments(
             f"{os.fspath(lm)}: its segments do not give the model's logits ({check}); please report this file"
         )
     text = json.dumps(asdict(check))
-    write_whole(files.directory / _CHECK, lambda stream: stream.write(text.encode()))
+    try:
+        write_whole(files.directory / _CHECK, lambda stream: stream.write(text.encode()))
+    except OSError as fault:  # in somebody else's cache: it will be run again
+        _log.info("%s: what was found cannot be noted there (%s)", files.directory, fault.strerror)
     return check
 
 

@@ -17,14 +17,11 @@ from pathlib import Path
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.files import fingerprint
-from edge_tokcomp.language.gguf_header import GgufHeader, read_header, split_files
+from edge_tokcomp.language.gguf_header import GgufHeader, layer_count, read_header, split_files
 from edge_tokcomp.language.model import check_language_model
 from edge_tokcomp.language.segment_files import CUTTER, PREFIX
 
 from .gguf_parts import GgufParts, Piece, Tensor, entry, entry_numbers, entry_slice
-
-_MOST_LAYERS = 512
-"""llama.cpp aborts the process beyond it."""
 
 _MOST_WIDTH = 1 << 17
 _STAND_IN_TOKENS = 32
@@ -108,11 +105,7 @@ class Source:
                 f"{header.path}: a {architecture} model cannot be cut into segments; these can: "
                 f"{', '.join(_ARCHITECTURES)}"
             )
-        depth = header.metadata.get(f"{architecture}.block_count")
-        if not isinstance(depth, int) or not 1 <= depth <= _MOST_LAYERS:
-            raise TokcompError(
-                f"{header.path}: damaged GGUF, {architecture}.block_count is {depth!r}; convert it again"
-            )
+        depth = layer_count(header)
         _check_keys(header, architecture)
         _check_arrays(header, architecture, depth)
         files = split_files(header)
@@ -171,7 +164,7 @@ class Source:
         first, stop, last = bounds[number - 1], bounds[number], number == len(bounds) - 1
         own: dict[str, str | int] = {
             "index": number, "count": len(bounds) - 1, "first_layer": first, "depth": self.depth,
-            "source": self.fingerprint, "cutter": CUTTER,
+            "source": self.fingerprint, "cutter": CUTTER, "model": self.header.path.name,
         }  # fmt: skip
         entries = [*self._entries(first, stop, last), entry(f"{self.architecture}.block_count", stop - first)]
         entries += [entry(PREFIX + key, value) for key, value in own.items()]

@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.language.gguf_header import split_files
 from edge_tokcomp.language.segment_files import CUTTER, SegmentFiles, segment_name
 
 from .building import discard, folder_aside
@@ -72,13 +73,17 @@ def cached_segments(
 ) -> Path:
     """As ``split_model``, in the cache: built there when missing, damaged or, if that is asked for, not yet verified.
 
-    The key is the fingerprint of the model's files, the cutter's version and the cuts. Segments of the same model that
+    The key is the fingerprint of the model's files and when they were last written, the cutter's version and the cuts.
+    Segments of the same model that
     are cut at more layers do as well, and spare the disk. ``cache`` defaults to ``tower_files.cache_directory``.
     """
     home = Path(cache) if cache is not None else cache_directory()
     source, at = Source.read(lm), tuple(map(int, at))
     source.check_cuts(at)
-    stem = f"{source.fingerprint[:32]}-cut{CUTTER}-"
+    # The fingerprint is of samples: one tensor may differ between them, but not in a file written at the same instant.
+    written = [path.stat().st_mtime_ns for path in split_files(source.header)]
+    digest = hashlib.sha256(f"{source.fingerprint} {written}".encode()).hexdigest()
+    stem = f"{digest[:32]}-cut{CUTTER}-"
     target = home / (stem + hashlib.sha256(",".join(map(str, at)).encode()).hexdigest()[:16])
     if not os.path.lexists(target):
         target = _cut_finer(home, stem, source, at) or target
@@ -91,6 +96,10 @@ def cached_segments(
             if verify and read_check(target) is None:
                 _verify_cached(source, target, threads)
             return target
+    _log.warning(
+        "cutting %s at %s into %s, once; it takes the model's size on disk", source.header.path.name,
+        ", ".join(map(str, at)), home,
+    )  # fmt: skip
     with _built(source, at, home, verify, threads) as partial:
         try:
             _move_into_place(partial, target, source, at)
@@ -160,7 +169,8 @@ def _verify_cached(source: Source, target: Path, threads: int | None) -> None:
     try:
         verify_segments(source.header.path, target, threads=threads)
     except TokcompError:
-        discard(target)
+        with suppress(OSError):  # not ours to remove
+            discard(target)
         raise
 
 

@@ -98,6 +98,7 @@ class Keep:
     at: Sequence[int]
     rule: Callable[[int, LayerState], Sequence[int] | Ints]
     attention: str = "none"
+    looks_from_all: bool = False
     looks_at_keys: bool = False
 
     def layers(self, depth: int) -> dict[int, float]:
@@ -109,10 +110,14 @@ class Keep:
 
 @dataclass(frozen=True)
 class Watched:
-    """A step in a model of ``depth`` layers; ``seen``: each layer it acted at, what it was shown, what it kept."""
+    """A step in a model of ``depth`` layers; ``seen``: each layer it acted at, what it was shown, what it kept.
+
+    It is shown the attention of all text rows after the image, unless told otherwise.
+    """
 
     step: LayerStep
     depth: int = 6
+    looks_from_all: bool = True
     seen: list[tuple[int, LayerState, Ints]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:

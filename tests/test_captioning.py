@@ -126,6 +126,7 @@ def test_a_model_file_whose_name_is_no_utf8_is_named_in_the_record(
     model = tmp_path / os.fsdecode(b"caf\xe9.gguf")
     shutil.copy(vlm.lm, model)
     monkeypatch.setattr(vlm, "lm", model)
+    monkeypatch.setattr(vlm, "name", model.name)
     assert into(vlm, pictures(tmp_path / os.fsdecode(b"p\xe9"), 1), tmp_path / name).ok == 1
     said = (tmp_path / name).read_text(encoding="utf-8").replace("\\\\", "\\")
     assert "caf\\xe9.gguf" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from conftest import Pair
 from numpy.typing import NDArray
 from reference_language import Prompt, ReferenceLanguage
 
+from edge_tokcomp import evaluation
 from edge_tokcomp.cli import main
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.export.split import split_model
+from edge_tokcomp.language import binding
 from edge_tokcomp.language.prompt import chat_prompt
 from edge_tokcomp.language.segmented import SegmentedDecoder
 from edge_tokcomp.methods import get_method
@@ -148,6 +151,9 @@ def test_records_name_steps_positions_and_the_tokens_of_a_layer(deep: Pair, tmp_
     folder, out = pictures(tmp_path / "p", 2), tmp_path / "o.jsonl"
     command = ["caption", str(folder), *deep.options, "--max-tokens", "4", "--out", str(out)]
     assert main([*command, "--layer-steps", "spectrum@0.5:0.5"]) == 0
+    said = capsys.readouterr().err
+    assert "lm.gguf, layer steps spectrum@0.5:0.5, tower" in said
+    assert "image tokens 72 → 72, 54 in a layer" in said
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:
         assert {name: row["choices"][name] for name in ("layer_steps", "positions", "layer_tokens")} == {
@@ -161,6 +167,66 @@ def test_records_name_steps_positions_and_the_tokens_of_a_layer(deep: Pair, tmp_
     said = capsys.readouterr().out
     assert "layer steps     spectrum@0.5:0.5, positions renumbered" in said
     assert "4 layers" in said
+
+
+def test_pictures_and_their_crops_are_told_apart_and_text_is_no_picture(
+    cut: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut.set_layer_steps("spectrum@1:0.5")
+    seen: list[Rows] = []
+    plain = cut.decoder.decode
+    monkeypatch.setattr(
+        cut.decoder, "decode", lambda batch, **options: (seen.extend(batch), plain(batch, **options))[1]
+    )
+    cut.answer([scene(1), scene(2)], "is the cat red", **SHORT)
+    crops = [rows.crop for rows in seen if rows.crop is not None]
+    assert [np.unique(crop).tolist() for crop in crops[:4]] == [[-1], [0], [-1], [1]]
+    parts = replace(cut.encode(scene(3)), parts=("left", 0, "right"))
+    again = cut.compress(replace(parts, method=get_method("pool")), get_method("uniform"), 9)
+    before, after = (len(cut.model.tokenize(text, add_special=False, parse_special=True)) for text in ("left", "right"))
+    assert again.crop.tolist() == [-1] * before + [0] * 9 + [-1] * after
+
+
+def test_other_steps_end_an_open_stream(cut: VLM) -> None:
+    cut.set_layer_steps("spectrum@1:0.5")
+    stream = cut.caption(scene(), stream=True, **SHORT)
+    next(stream)
+    cut.set_layer_steps("fastv@1:0.5")
+    with pytest.raises(UsageError, match="was not read to its end"):
+        next(stream)
+
+
+def test_tokens_that_see_one_another_take_no_steps_that_read_the_question(
+    cut: VLM, deep: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cut.encoder, "family", replace(cut.encoder.family, causal=False))
+    for steps in ("fastv@1:0.5", "dart@1:0.5"):
+        with pytest.raises(UsageError, match="lets image tokens see one another"):
+            cut.set_layer_steps(steps)
+    cut.set_layer_steps("spectrum@1:0.5")
+    checked: list[str] = []
+    monkeypatch.setattr(VLM, "_check_steps", lambda _, steps: checked.append(spell_steps(steps)))
+    with opened(deep, layer_steps="fastv@1:0.5"):
+        assert checked == ["fastv@1:0.5"]  # at loading too
+
+
+def test_an_evaluation_that_is_broken_off_leaves_the_steps_as_they_were(
+    cut: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(vlm: VLM, *_: Any, **__: Any) -> None:
+        vlm.set_layer_steps("")
+        raise KeyboardInterrupt
+
+    cut.set_layer_steps("spectrum@1:0.5")
+    monkeypatch.setattr(evaluation, "score_arms", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(cut, scenes=1)
+    assert spell_steps(cut.layer_steps) == "spectrum@1:0.5"
+
+
+def test_amounts_are_written_as_they_are() -> None:
+    for text in ("fastv@2:0.123456789", "spectrum@1:0.5,3:0", "todre@0.875:1"):
+        assert spell_steps(read_layer_steps(text)) == text
 
 
 def test_the_hash_of_a_model_knows_its_files_and_steps(deep: Pair, cut: VLM) -> None:
@@ -188,9 +254,13 @@ def test_asking_tells_the_steps(deep: Pair, tmp_path: Path, capsys: Captured) ->
     assert "dummy" not in said
 
 
-def test_steps_that_cannot_be_are_refused_in_one_line(deep: Pair, tmp_path: Path, capsys: Captured) -> None:
+def test_steps_that_cannot_be_are_refused_in_one_line_before_anything_is_loaded(
+    deep: Pair, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (picture,) = pictures(tmp_path / "p", 1).iterdir()
     odd = write_tiny_model(tmp_path / "gemma2.gguf", "gemma2", n_layer=4).path
+    lfm2 = write_tiny_model(tmp_path / "lfm2.gguf", "lfm2", n_layer=4).path
+    one = split_model(deep.lm, (2,), tmp_path / "cut", verify=False) / "segment-1-of-2.gguf"
     empty = tmp_path / "empty"
     empty.mkdir()
     cases: list[tuple[Path, str, str]] = [
@@ -199,9 +269,14 @@ def test_steps_that_cannot_be_are_refused_in_one_line(deep: Pair, tmp_path: Path
         (deep.lm, "fastv@0:0.5", "layer 0 has none; begin at layer 1"),
         (odd, "spectrum@2:0.5", "gemma2"),
         (empty, "spectrum@2:0.5", "holds no segments"),
+        (one, "spectrum@2:0.5", f"is segment 1 of 2 of a model; name its folder, {one.parent}"),
+        (one, "", f"is segment 1 of 2 of a model; name its folder, {one.parent}"),
+        (one.parent, "fastv@3:0.5", "acts at layer 3, but the model is cut at 2; cut it at 3 too"),
+        (lfm2, "fastv@2:0.5", "which lfm2 models do not show; use spectrum"),
         (tmp_path / "none.gguf", "spectrum@2:0.5", "No such file"),
     ]
     for lm, steps, reason in cases:
+        monkeypatch.setattr(binding, "Model", lambda *_, **__: pytest.fail("loaded"))
         options = ["--lm", str(lm), "--mmproj", str(deep.mmproj), "--layer-steps", steps]
         assert main(["ask", str(picture), "what is this", *options]) == 2
         said = capsys.readouterr().err

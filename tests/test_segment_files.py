@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from edge_tokcomp.export.split import split_model
 from edge_tokcomp.files import fingerprint
 from edge_tokcomp.language import binding, segment_files
 from edge_tokcomp.language.gguf_header import read_header
+from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.segment_files import SegmentFiles
+from edge_tokcomp.language.segmented import SegmentedDecoder
 from tiny_models import TinyModel, write_tiny_llama, write_tiny_model
 
 
@@ -182,7 +185,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
         (of_another_architecture, "segment-2-of-3.gguf: is of another model than segment-1-of-3.gguf"),
         (without_a_number, "segment-1-of-3.gguf: damaged segment (edge_tokcomp.segment.depth is None)"),
         (too_deep, "holds layers 0 to 5 of 7"),
-        (without_layers, "segment-1-of-3.gguf: damaged segment (0 layers)"),
+        (without_layers, "segment-1-of-3.gguf: says it has 0 layers, not 1 to 512"),
     ],
 )
 def test_what_is_no_whole_set_of_segments_is_one_clear_line(
@@ -211,3 +214,20 @@ def test_segments_of_another_cutter_are_refused(
     monkeypatch.undo()
     with pytest.raises(TokcompError, match=f"was cut by {words}.*cut the model again"):
         SegmentFiles.read(folder)
+
+
+def test_segments_of_another_width_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would read beyond the end of the rows it is given."""
+    folders = []
+    for width in (64, 128):
+        path = write_tiny_llama(tmp_path / f"{width}.gguf", n_embd=width, n_layer=4).path
+        folders.append(split_model(path, [2], tmp_path / f"cut-{width}", verify=False))
+    narrow, wide = folders
+    with ExitStack() as stack:
+        paths = (narrow / "segment-1-of-2.gguf", wide / "segment-2-of-2.gguf")
+        models = [stack.enter_context(LanguageModel.open(path, threads=1)) for path in paths]
+        with pytest.raises(TokcompError, match=r"takes rows of 128, segment-1-of-2\.gguf gives 64"):
+            SegmentedDecoder(models, [2])
+    shutil.copy(wide / "segment-2-of-2.gguf", narrow / "segment-2-of-2.gguf")
+    with pytest.raises(TokcompError, match="is of another model than"):
+        SegmentFiles.read(narrow)

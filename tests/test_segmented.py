@@ -16,7 +16,7 @@ from llama_cpp.llama_cpp import ggml_backend_sched_eval_callback
 from by_torch import TorchSequence
 from cut_models import CutModel, Floats, Ints, Keep, Prompt, Watched, cut_model, logits, make_prompt, relative
 from decoding import image_prompt
-from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.errors import UsageError
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.readout import Readout
@@ -348,10 +348,29 @@ def test_architectures_whose_graph_names_no_queries_take_the_other_steps(tmp_pat
         other = cut.prompt(5, (2, 5), 4, seed=1, sequence=1)
         assert relative(logits(decoder, [*prompt.at(0), *other])[: len(alone)], alone) <= 1e-4
         assert relative(logits(decoder, prompt.words(1)), word) <= 1e-4
-        decoder.set_steps(read_layer_steps("fastv@2:0.5"))
-        with pytest.raises(TokcompError, match=r"Qcur-1 0 times .* choose another layer or step"):
-            decoder.decode(list(prompt))
-        assert (decoder.length(0), decoder.room) == (0, decoder.n_ctx)
+        for text in ("fastv@2:0.5", "pyramid@2:0.5", "dart@2:0.5"):
+            with pytest.raises(UsageError, match="which lfm2 models do not show; use spectrum"):
+                decoder.set_steps(read_layer_steps(text))
+
+
+@pytest.mark.parametrize("text", ["fastv@2:0.5,4:0.25", "pyramid@2,4:0.5"])
+def test_steps_that_look_from_the_last_row_are_shown_that_one(tmp_path: Path, text: str) -> None:
+    cut = cut_model(tmp_path, "llama", [2, 4])
+    prompt = list(cut.prompt(5, (4, 5), 4))
+    (step,) = read_layer_steps(text)
+    shown = []
+    for looks_from_all in (True, False):
+        watched = Watched(step, looks_from_all=looks_from_all)
+        with cut.segmented([watched]) as decoder:
+            found = logits(decoder, prompt)
+        shown.append((found, [state.attention for _, state, _ in watched.seen]))
+    (found, whole), (alone, last) = shown
+    assert np.array_equal(found, alone)
+    for every, one in zip(whole, last, strict=True):
+        assert every is not None
+        assert one is not None
+        assert len(every) == 4
+        np.testing.assert_allclose(one, every[-1:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

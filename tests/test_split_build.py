@@ -92,6 +92,26 @@ def test_the_cache_is_built_once_for_each_cut(
     assert sorted(os.listdir(tmp_path)) == sorted([first.name, second.name])
 
 
+def test_a_file_written_since_is_cut_anew(tmp_path: Path) -> None:
+    """The fingerprint is of samples, which a change of one tensor may miss."""
+    path = write_tiny_llama(tmp_path / "m.gguf", n_layer=4).path
+    first = cached_segments(path, [2], tmp_path / "cache", verify=False)
+    os.utime(path, ns=(0, 1))
+    assert cached_segments(path, [2], tmp_path / "cache", verify=False) != first
+
+
+def test_a_check_that_cannot_be_noted_is_no_fault(
+    llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cached_segments(llama.path, [2], tmp_path, verify=False)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("edge_tokcomp.export.check_segments.write_whole", refuse)
+    assert cached_segments(llama.path, [2], tmp_path, threads=1) == folder
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other"])
 def test_damaged_segments_in_the_cache_are_cut_again(llama: TinyModel, tmp_path: Path, damage: str) -> None:
     folder = cached_segments(llama.path, [2, 4], tmp_path, verify=False)
@@ -172,7 +192,7 @@ def test_the_command_says_where_the_segments_are(
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'out'}\n"
     for words in (
-        "llama.gguf, ",
+        "llama.gguf: 1.2 MB",
         "cutting it before layers 2, 5",
         "segment-2-of-3.gguf: layers 2 to 4, ",
         "relative error ",

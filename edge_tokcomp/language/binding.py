@@ -3,7 +3,7 @@ graph are ``readout``'s.
 
 Owns every C object: ``close()`` is idempotent, a model outlives its contexts, and what is still open at interpreter
 exit is freed in the right order. Checks here are only those that keep pointers valid; the rules about positions,
-widths and sizes live in ``decoder``. llama.cpp's log lines go to the logger ``edge_tokcomp.llama``.
+widths and sizes live in ``batches`` and ``segment``. llama.cpp's log lines go to the logger ``edge_tokcomp.llama``.
 
 Not thread-safe: one object, one thread at a time (calls release the GIL).
 """

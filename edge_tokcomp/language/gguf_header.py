@@ -22,6 +22,7 @@ from ..errors import TokcompError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_MOST_LAYERS = 512
 _SPLIT_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 
@@ -91,6 +92,14 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
         ) from fault
     except (ValueError, OverflowError) as fault:
         raise TokcompError(f"{place}: damaged GGUF header ({fault}); download the file again") from fault
+
+
+def layer_count(header: GgufHeader) -> int:
+    """Layers of a language model; raises ``TokcompError`` for a number that llama.cpp would end the process for."""
+    layers = header.metadata.get(f"{header.text('general.architecture')}.block_count")
+    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise TokcompError(f"{header.path}: says it has {layers} layers, not 1 to {_MOST_LAYERS}; download it again")
+    return layers
 
 
 def split_files(header: GgufHeader) -> list[Path]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import TokcompError, UsageError
 from . import binding
-from .gguf_header import GgufHeader, read_header, split_files
+from .gguf_header import GgufHeader, layer_count, read_header, split_files
 
 _MULTI_POSITION_ROPE = (8, 40)
 """llama_rope_type MROPE (Qwen2-VL) and IMROPE (Qwen3-VL): four positions a row."""
@@ -168,6 +168,8 @@ def check_language_model(path: str | os.PathLike[str]) -> GgufHeader:
         raise TokcompError(f"{header.path}: a GGUF of type {kind!r}, not a language model; pass the model's own file")
     if not architecture:
         raise TokcompError(f"{header.path}: names no general.architecture, so it is not a language model")
+    if f"{architecture}.block_count" in header.metadata:
+        layer_count(header)
     for part in parts[1:]:
         read_header(part)
     return header

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError
 from ..layer_state import LayerState
 from ..tokens import Ints, Rows
 from .batches import sections, wanted
@@ -25,6 +26,10 @@ class Pruning(Protocol):
         """The layer whose attention it looks at."""
 
     @property
+    def looks_from_all(self) -> bool:
+        """Whether it looks at the attention of all text rows after the image, or of the last alone."""
+
+    @property
     def looks_at_keys(self) -> bool:
         """Whether it looks at the keys of the layer before."""
 
@@ -33,6 +38,33 @@ class Pruning(Protocol):
 
     def survivors(self, state: LayerState, amount: float) -> Ints:
         """The image rows that live on."""
+
+
+Schedule = dict[int, list[tuple[Pruning, float]]]
+"""Of a layer the steps that act before it, in their order, with their amounts."""
+
+_UNNAMED_QUERIES = ("lfm2",)
+"""Architectures whose graphs give queries and keys no names by which they could be found."""
+
+
+def schedule(steps: Sequence[Pruning], cuts: Sequence[int], depth: int, architecture: str) -> Schedule:
+    """Where ``steps`` act in a model of ``depth`` layers that is cut before the layers ``cuts``.
+
+    Raises ``UsageError`` for a layer that is no cut, and for steps whose inputs the architecture does not give.
+    """
+    at: Schedule = {}
+    for step in steps:
+        if architecture in _UNNAMED_QUERIES and (step.attention != "none" or step.looks_at_keys):
+            raise UsageError(f"{step}: looks at queries or keys, which {architecture} models do not show; use spectrum")
+        for layer, amount in step.layers(depth).items():
+            if layer and layer not in cuts:
+                where = f"cut at {', '.join(map(str, cuts))}" if cuts else "not cut"
+                raise UsageError(
+                    f"{step}: acts at layer {layer}, but the model is {where}; cut it at {layer} too "
+                    "(edge-tokcomp split), or load the uncut file with these steps"
+                )
+            at.setdefault(layer, []).append((step, amount))
+    return at
 
 
 @dataclass(eq=False)

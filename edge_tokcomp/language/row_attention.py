@@ -12,7 +12,7 @@ from .gguf_header import GgufHeader
 
 Floats = NDArray[np.float32]
 
-_FINAL_NORMS = ("output_norm.weight", "token_embd_norm.weight")
+_FINAL_NORM = "output_norm.weight"
 
 
 def text_attention(queries: Floats, keys: Floats, scale: float) -> Floats:
@@ -40,9 +40,8 @@ def head_scale(header: GgufHeader, head_dim: int) -> float:
 
 def final_norm(header: GgufHeader) -> Floats:
     """``(n_embd,)``: weight of the norm before the model's head; raises ``TokcompError`` where there is none."""
-    for name in _FINAL_NORMS:
-        tensor = header.tensors.get(name)
-        if tensor is not None and tensor.n_bytes is not None:
-            raw = np.fromfile(header.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
-            return np.asarray(quants.dequantize(raw, GGMLQuantizationType(tensor.type_id)), np.float32)
-    raise TokcompError(f"{header.path}: has no {_FINAL_NORMS[0]}, which the layer step needs; use another step")
+    tensor = header.tensors.get(_FINAL_NORM)
+    if tensor is None or tensor.n_bytes is None:
+        raise TokcompError(f"{header.path}: has no {_FINAL_NORM}, which the layer step needs; use another step")
+    raw = np.fromfile(header.path, np.uint8, tensor.n_bytes, offset=tensor.offset)
+    return np.asarray(quants.dequantize(raw, GGMLQuantizationType(tensor.type_id)), np.float32)

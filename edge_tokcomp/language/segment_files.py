@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TokcompError
-from .gguf_header import GgufHeader, read_header
+from .gguf_header import GgufHeader, layer_count, read_header
 
-CUTTER = 1
+CUTTER = 2
 """Raise it whenever segments of the same model and cuts change: those of another version are refused."""
 
 PREFIX = "edge_tokcomp.segment."
 """Of the metadata keys ``index`` (from 1), ``count``, ``first_layer``, ``depth`` (layers of the whole model),
-``source`` (fingerprint of its files) and ``cutter``."""
+``source`` (fingerprint of its files), ``model`` (its file's name) and ``cutter``."""
 
 _NAME = re.compile(r"segment-([1-9][0-9]*)-of-([1-9][0-9]*)\.gguf")
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r"segment-([1-9][0-9]*)-of-([1-9][0-9]*)\.gguf")
 class SegmentFiles:
     """Segments that belong together: ``cuts`` are the first layers of all but the first, ``depth`` all layers.
 
-    ``source``: fingerprint of the model's files, as ``files.fingerprint`` gives it.
+    ``source``: fingerprint of the model's files, as ``files.fingerprint`` gives it; ``name``: of the (first) file.
     """
 
     directory: Path
@@ -38,6 +38,7 @@ class SegmentFiles:
     depth: int
     architecture: str
     source: str
+    name: str
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> SegmentFiles:
@@ -50,9 +51,9 @@ class SegmentFiles:
         headers = [read_header(path) for path in paths]
         for number, header in enumerate(headers, start=1):
             _check(header, number, headers[0], len(paths))
-        architecture, source, depth = _model(headers[0])
+        architecture, source, depth, _ = _model(headers[0])
         starts = [_number(header, PREFIX + "first_layer") for header in headers]
-        ends = [start + _layers(header) for start, header in zip(starts, headers, strict=True)]
+        ends = [start + layer_count(header) for start, header in zip(starts, headers, strict=True)]
         for path, start, end in zip(paths, starts, [0, *ends], strict=False):
             if start != end:
                 raise TokcompError(
@@ -60,7 +61,8 @@ class SegmentFiles:
                 )
         if ends[-1] != depth:
             raise TokcompError(f"{folder}: holds layers 0 to {ends[-1] - 1} of {depth}; cut the model again")
-        return cls(folder, tuple(paths), tuple(starts[1:]), depth, architecture, source)
+        name = headers[0].text(PREFIX + "model")
+        return cls(folder, tuple(paths), tuple(starts[1:]), depth, architecture, source, name)
 
 
 def segment_name(number: int, count: int) -> str:
@@ -111,16 +113,11 @@ def _check(header: GgufHeader, number: int, first: GgufHeader, count: int) -> No
         raise TokcompError(f"{path}: is of another model than {first.path.name}; cut the model again")
 
 
-def _model(header: GgufHeader) -> tuple[str, str, int]:
-    """What all segments of a model have in common."""
-    return header.text("general.architecture"), header.text(PREFIX + "source"), _number(header, PREFIX + "depth")
-
-
-def _layers(header: GgufHeader) -> int:
-    layers = _number(header, f"{header.text('general.architecture')}.block_count")
-    if layers < 1:
-        raise TokcompError(f"{header.path}: damaged segment ({layers} layers); cut the model again")
-    return layers
+def _model(header: GgufHeader) -> tuple[str, str, int, float]:
+    """What all segments of a model have in common; of another width, rows would be read beyond their end."""
+    architecture = header.text("general.architecture")
+    width = header.number(f"{architecture}.embedding_length", 0)
+    return architecture, header.text(PREFIX + "source"), _number(header, PREFIX + "depth"), width
 
 
 def _number(header: GgufHeader, key: str) -> int:

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import TokcompError
 from ..layer_state import LayerState
 from ..tokens import Rows
 from .batches import Stand, check_rows
 from .decoder import Positions
 from .history import History
 from .model import LanguageModel
-from .pruning import Flow, Pruning, flows_of, split_answers
+from .pruning import Flow, Pruning, flows_of, schedule, split_answers
 from .readout import Readout
 from .row_attention import final_norm, head_scale, text_attention
 from .segment import Logits, Segment, check_memory, usual_context
@@ -48,6 +48,12 @@ class SegmentedDecoder:
         """``models``: the segments in order. ``cuts``: the first layer of all but the first. ``options``: as for
         ``Segment``, for each. Raises what ``Segment`` and ``set_steps`` raise."""
         self.model = models[-1]
+        for model in models[1:]:
+            if model.n_embd_inp != models[0].n_embd:  # llama.cpp would read beyond the rows' end
+                raise TokcompError(
+                    f"{model.path}: takes rows of {model.n_embd_inp}, {models[0].path.name} gives {models[0].n_embd}; "
+                    "the two are not of one model, cut it again"
+                )
         self._n_layer = sum(model.n_layer for model in models)
         self._first = (0, *cuts)
         self._models, self._segments = tuple(models), list[Segment]()
@@ -77,6 +83,7 @@ class SegmentedDecoder:
 
         Raises ``TokcompError`` and ``UsageError`` as ``LanguageModel.open`` and the class do.
         """
+        schedule(steps, files.cuts, files.depth, files.architecture)  # refuses before anything is loaded
         shares = _gpu_shares(gpu_layers, [stop - start for start, stop in _ranges(files)])
         with ExitStack() as stack:
             models = [
@@ -134,22 +141,12 @@ class SegmentedDecoder:
     def set_steps(self, steps: Sequence[Pruning]) -> None:
         """Prune by ``steps`` from now on; steps at one layer act in this order. Everything is forgotten.
 
-        Raises ``UsageError`` for a layer at which the model is not cut.
+        Raises ``UsageError`` as ``schedule`` does; then those before stand.
         """
-        at: dict[int, list[tuple[Pruning, float]]] = {}
-        for step in steps:
-            for layer, amount in step.layers(self._n_layer).items():
-                if layer not in self._first:
-                    cuts = ", ".join(map(str, self._first[1:]))
-                    raise UsageError(
-                        f"{step}: acts at layer {layer}, but the model is cut at {cuts}; cut it at {layer} too "
-                        "(edge-tokcomp split), or name the uncut file"
-                    )
-                at.setdefault(layer, []).append((step, amount))
+        at = schedule(steps, self._first[1:], self._n_layer, self.model.architecture)
+        keys = any(step.looks_at_keys for entries in at.values() for step, _ in entries)
+        self._final_norm = final_norm(self.model.header) if keys else None
         self._at = at
-        self._final_norm = None
-        if any(step.looks_at_keys for entries in at.values() for step, _ in entries):
-            self._final_norm = final_norm(self.model.header)
         self.clear()
 
     def length(self, sequence: int) -> int:
@@ -297,7 +294,7 @@ class SegmentedDecoder:
             attention = flow.attention
             if step.attention == "next":
                 queries, keys = self._probe(number, flow, ["Qcur-0", "Kcur-0"])
-                attention = self._attention(layer, flow, queries, keys)
+                attention = self._attention(layer, flow, queries, keys, [step])
             state = LayerState(
                 flow.hidden[image, : self.model.n_embd], flow.crop[image], flow.entered, held + image, held + text,
                 attention if step.attention != "none" else None, flow.keys, flow.hidden[text, : self.model.n_embd],
@@ -328,7 +325,7 @@ class SegmentedDecoder:
         for flow, *parts in zip(flows, *split, strict=True):
             flow.hidden = parts[0]
             if flow in looking and flow.entered:
-                flow.attention = self._attention(layer, flow, parts[1], parts[2])
+                flow.attention = self._attention(layer, flow, parts[1], parts[2], steps)
                 lead = self._lead_keys[layer].get(flow.sequence)
                 whole = parts[2] if lead is None else np.concatenate([lead, parts[2]])
                 flow.keys = np.abs(whole).sum(axis=(1, 2))
@@ -359,10 +356,17 @@ class SegmentedDecoder:
         finally:
             segment.drop(self._spare)
 
-    def _attention(self, layer: int, flow: Flow, queries: Floats, keys: Floats) -> Floats:
+    def _attention(
+        self, layer: int, flow: Flow, queries: Floats, keys: Floats, steps: Sequence[Pruning]
+    ) -> Floats | None:
+        """What ``steps`` look at: of all rows of a long question it takes seconds, and most look from the last."""
+        looking = [step for step in steps if step.attention != "none"]
+        if not looking:
+            return None
+        rows = flow.question if any(step.looks_from_all for step in looking) else flow.question[-1:]
         lead = self._lead_keys[layer].get(flow.sequence)
         whole = keys if lead is None else np.concatenate([lead, keys])
-        return text_attention(queries[flow.question], whole, head_scale(self.model.header, keys.shape[2]))
+        return text_attention(queries[rows], whole, head_scale(self.model.header, keys.shape[2]))
 
     def _note_keys(self, layer: int, sequence: int, keys: Floats) -> None:
         earlier = self._lead_keys[layer].get(sequence, keys[:0])

@@ -27,6 +27,7 @@ class LayerStep(ABC):
     ``at``: pairs of layer and amount, ascending. A layer is an int, counted from 0: rows dropped at l never reach it;
     or a fraction of the depth, rounded down. What the amount means is the step's.
     ``attention``: whether it looks at that of the layer before the cut (``previous``) or after it (``next``).
+    ``looks_from_all``: whether that of all text rows after the image is wanted, or of the last one alone.
     ``looks_at_keys``: whether it needs the parts of the state that say so.
     """
 
@@ -38,6 +39,7 @@ class LayerStep(ABC):
     amount: ClassVar[str]
     """What the amount means, for the message that refuses one out of bounds."""
     attention: ClassVar[Literal["none", "previous", "next"]] = "none"
+    looks_from_all: ClassVar[bool] = False
     looks_at_keys: ClassVar[bool] = False
     most: ClassVar[float] = 1.0
     """The largest amount that makes sense; 0 is the smallest."""
@@ -55,7 +57,7 @@ class LayerStep(ABC):
     def __str__(self) -> str:
         """The text that ``read_layer_step`` reads back."""
         settings = "".join(f",{name}={spell(value)}" for name, value in self._settings())
-        return f"{self.name}@" + ",".join(f"{layer}:{amount:g}" for layer, amount in self.at) + settings
+        return f"{self.name}@" + ",".join(f"{layer}:{_spelt(amount)}" for layer, amount in self.at) + settings
 
     def _settings(self) -> Iterator[tuple[str, Any]]:
         for name, field in self.__dataclass_fields__.items():
@@ -99,6 +101,11 @@ class LayerStep(ABC):
     @abstractmethod
     def choose(self, state: LayerState, amount: float) -> Ints:
         """The decision, on one image row or more."""
+
+
+def _spelt(amount: float) -> str:
+    short = f"{amount:g}"
+    return short if float(short) == amount else repr(amount)
 
 
 def spell_steps(steps: Sequence[LayerStep]) -> str:

@@ -108,6 +108,7 @@ class InformationMigration(LayerStep):
     title: ClassVar[str] = "ToDRE stage II"
     source: ClassVar[str] = "arXiv 2505.18757 v2, section on stage II"
     amount: ClassVar[str] = "share of the text's attention below which the image goes"
+    looks_from_all: ClassVar[bool] = True
     attention: ClassVar[Literal["none", "previous", "next"]] = "next"
 
     def choose(self, state: LayerState, amount: float) -> Ints:
