@@ -353,26 +353,6 @@ def test_architectures_whose_graph_names_no_queries_take_the_other_steps(tmp_pat
                 decoder.set_steps(read_layer_steps(text))
 
 
-@pytest.mark.parametrize("text", ["fastv@2:0.5,4:0.25", "pyramid@2,4:0.5"])
-def test_steps_that_look_from_the_last_row_are_shown_that_one(tmp_path: Path, text: str) -> None:
-    cut = cut_model(tmp_path, "llama", [2, 4])
-    prompt = list(cut.prompt(5, (4, 5), 4))
-    (step,) = read_layer_steps(text)
-    shown = []
-    for looks_from_all in (True, False):
-        watched = Watched(step, looks_from_all=looks_from_all)
-        with cut.segmented([watched]) as decoder:
-            found = logits(decoder, prompt)
-        shown.append((found, [state.attention for _, state, _ in watched.seen]))
-    (found, whole), (alone, last) = shown
-    assert np.array_equal(found, alone)
-    for every, one in zip(whole, last, strict=True):
-        assert every is not None
-        assert one is not None
-        assert len(every) == 4
-        np.testing.assert_allclose(one, every[-1:], rtol=1e-6)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_dropped_before_the_first_layer_were_never_fed(tmp_path: Path, architecture: str) -> None:
     """In every architecture, cut or whole."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from by_torch import TorchSequence
-from cut_models import CutModel, Prompt, alone, cut_model, held, logits, relative, same
+from cut_models import CutModel, Prompt, Watched, alone, cut_model, held, logits, relative, same
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.segmented import SegmentedDecoder
@@ -197,3 +198,23 @@ def test_closing_frees_all_that_was_opened(cut: CutModel) -> None:
         decoder.decode(list(cut.prompt(3)))
     with pytest.raises(ValueError, match="is closed"):
         _ = decoder.model.handle.pointer
+
+
+@pytest.mark.parametrize("text", ["fastv@2:0.5,4:0.25", "pyramid@2,4:0.5"])
+def test_steps_that_look_from_the_last_row_are_shown_that_one(tmp_path: Path, text: str) -> None:
+    cut = cut_model(tmp_path, "llama", [2, 4])
+    prompt = list(cut.prompt(5, (4, 5), 4))
+    (step,) = read_layer_steps(text)
+    shown = []
+    for looks_from_all in (True, False):
+        watched = Watched(step, looks_from_all=looks_from_all)
+        with cut.segmented([watched]) as decoder:
+            found = logits(decoder, prompt)
+        shown.append((found, [state.attention for _, state, _ in watched.seen]))
+    (found, whole), (alone, last) = shown
+    assert np.array_equal(found, alone)
+    for every, one in zip(whole, last, strict=True):
+        assert every is not None
+        assert one is not None
+        assert len(every) == 4
+        np.testing.assert_allclose(one, every[-1:], rtol=1e-6)
