@@ -48,6 +48,25 @@ def folder_aside(home: Path) -> Iterator[Path]:
             lock.close()
 
 
+def refuse_taken(target: Path) -> None:
+    """Raise ``TokcompError`` unless ``target`` is the name of nothing yet."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
+    raise TokcompError(f"{target} already exists; name a new directory or remove it")
+
+
+def put(folder: Path, target: Path) -> None:
+    """Give a folder that was built aside its name; raises ``TokcompError``."""
+    try:
+        os.rename(folder, target)
+    except OSError as fault:
+        raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
+
+
 def discard(folder: Path) -> None:
     """Remove ``folder``, away from its name at once; raises ``OSError``."""
     grave = folder.with_name(f".damaged-{uuid.uuid4().hex}")

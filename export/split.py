@@ -19,7 +19,7 @@ from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.language.gguf_header import split_files
 from edge_tokcomp.language.segment_files import CUTTER, SegmentFiles, segment_name
 
-from .building import discard, folder_aside
+from .building import discard, folder_aside, put, refuse_taken
 from .check_segments import read_check, verify_segments
 from .segment_plan import Source
 from .tower_files import cache_directory
@@ -47,19 +47,9 @@ def split_model(
     target = Path(directory)
     source, at = Source.read(lm), tuple(map(int, at))
     source.check_cuts(at)
-    try:
-        target.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as fault:
-        raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
-    else:
-        raise TokcompError(f"{target} already exists; name a new directory or remove it")
+    refuse_taken(target)
     with _built(source, at, target.parent, verify, threads) as partial:
-        try:
-            os.rename(partial, target)
-        except OSError as fault:
-            raise TokcompError(f"{target}: cannot be written ({fault.strerror})") from fault
+        put(partial, target)
     return target
 
 

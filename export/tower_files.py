@@ -31,7 +31,7 @@ from edge_tokcomp.families import family_for
 from edge_tokcomp.families.base import TowerSpec
 from edge_tokcomp.variant import PLAIN, TowerVariant
 
-from .building import discard, folder_aside
+from .building import discard, folder_aside, put, refuse_taken
 from .check import EXACT, Check, Reference, check_tower
 from .mmproj import Mmproj, projector_shapes, tower_shapes
 from .vit import key_block, write_projector, write_tower
@@ -78,19 +78,9 @@ def export_tower(
     the fastest choice of layers that stays within it.
     """
     target = Path(directory)
-    try:
-        target.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as fault:
-        raise TokcompError(f"{target}: cannot be written ({fault.strerror}); name another directory") from fault
-    else:
-        raise TokcompError(f"{target} already exists; name a new directory or remove it")
+    refuse_taken(target)
     with _built(_Order(Path(mmproj), _sha256(Path(mmproj)), precision), target.parent) as partial:
-        try:
-            os.rename(partial, target)
-        except OSError as fault:
-            raise TokcompError(f"{target}: cannot be written ({fault.strerror})") from fault
+        put(partial, target)
     return _read(target)
 
 

@@ -290,7 +290,7 @@ class SegmentedDecoder:
         for step, amount in self._at.get(layer, ()):
             image, text = flow.image, flow.question
             if not len(image):
-                return
+                break
             attention = flow.attention
             if step.attention == "next":
                 queries, keys = self._probe(number, flow, ["Qcur-0", "Kcur-0"])
