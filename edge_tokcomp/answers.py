@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .dynamic import Share
 from .errors import UsageError
+from .families.base import Part
+from .image_rows import ImageRows
 from .images import Image
 from .methods import Method
 from .tokens import Ints, Plan, VisionTokens
@@ -18,20 +17,44 @@ from .variant import TowerVariant
 
 
 @dataclass(frozen=True, eq=False)
-class SeenImage:
-    """A picture the tower has run on.
+class Look:
+    """What an engine says of a picture: its ``tokens``; ``parts``: the marker text around and between its crops, and
+    which crops' rows go where; ``owner (crops, N) int64``: the cell that each patch of a crop was merged into, where
+    the tower merges. ``timings_ms``: ``preprocess``, ``encode``."""
 
-    ``parts``: the family's marker text for it, and crop numbers where a crop's rows go. ``variant``: how the tower was
-    run; ``owner (crops, N) int64``: the cell that each patch of a crop was merged into, where it merges.
+    tokens: VisionTokens
+    parts: tuple[Part, ...]
+    owner: Ints | None
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenImage:
+    """A picture that was looked at.
+
+    ``tokens``, ``parts``, ``owner``: see ``Look``. ``variant``: how the tower was run.
     ``timings_ms``: ``decode`` (file to pixels), ``preprocess``, ``encode`` (tower).
     """
 
     image: Image
     tokens: VisionTokens
-    parts: tuple[str | int, ...]
+    parts: tuple[Part, ...]
     timings_ms: dict[str, float]
     variant: TowerVariant
     owner: Ints | None
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """The text of ``parts`` before the first crop and after the last: read as one with that around the picture."""
+        texts = [part if isinstance(part, str) else "" for part in self.parts]
+        return texts[0], texts[-1] if len(texts) > 1 else ""
+
+    @property
+    def inner(self) -> tuple[Part, ...]:
+        """``parts`` without the text around."""
+        start = isinstance(self.parts[0], str)
+        stop = len(self.parts) - (len(self.parts) > 1 and isinstance(self.parts[-1], str))
+        return self.parts[start:stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +63,13 @@ class EncodedImage(SeenImage):
 
     ``method``, ``keep``: how it was compressed; ``question``: for what, if the method looks at the question, else None.
     Asked another question, such a picture is compressed anew.
-    ``rows (n, width) float32``: what enters the language model, the family's marker text around crops included;
-    ``crop (n,) int64``: the crop each is of, -1 for that text.
+    ``rows``: what enters the language model, the family's marker text between crops included.
     ``timings_ms`` has ``compress`` too (scoring, selection and projector).
     ``share``: how ``keep`` came about where a budget is shared among pictures (``dynamic``).
     """
 
     plan: Plan
-    rows: NDArray[np.float32]
-    crop: Ints
+    rows: ImageRows
     method: Method
     keep: int | float
     question: str | None

@@ -69,7 +69,7 @@ def caption(options: argparse.Namespace) -> int:
         console = Console(len(sources))
         stack.callback(console.close)
         inside = f"layer steps {spell_steps(vlm.layer_steps)}, " if vlm.layer_steps else ""
-        console.say(f"{vlm.name}, {inside}tower {vlm.encoder.tower.provider_reason}, {len(sources)} images")
+        console.say(f"{vlm.name}, {inside}tower {vlm.engine.reason}, {len(sources)} images")
         if warning:
             console.say(warning)
         if vlm.sharing and vlm.sharing.by == "batch":
@@ -146,9 +146,9 @@ def _dry_run(
     from .captioning import count_done
     from .parameters import prompt_rows
 
-    encoder = vlm.encoder
-    before = encoder.spec.patches
-    after = encoder.kept(vlm.method, vlm.keep)
+    engine = vlm.engine
+    before = engine.crop_tokens
+    after = engine.kept(vlm.method, vlm.keep)
     shared = ""
     if vlm.sharing:
         low, high = smallest_share(after), largest_share(after, before)
@@ -157,7 +157,7 @@ def _dry_run(
     lines = {
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.decoder.n_layer} layers)",
-        "tower": f"{vlm.mmproj} ({encoder.family.name}, {encoder.precision}, {encoder.tower.provider_reason})",
+        "tower": f"{vlm.mmproj} ({engine.family.name}, {engine.precision}, {engine.reason})",
         "image tokens": f"{describe(before, after)} a crop{shared}, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
@@ -195,8 +195,8 @@ def inspect(options: argparse.Namespace) -> int:
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
-        spec = vlm.encoder.spec
-        pixels = vlm.encoder.family.preprocess(encoded.image.picture, spec, encoded.variant.grid)
+        spec = vlm.engine.spec
+        pixels = vlm.engine.pixels(encoded.image.picture, encoded.variant)
         picture = draw_overlay(pixels, spec, encoded.tokens.layout, encoded.plan, str(vlm.method), encoded.owner)
     try:
         write_whole(options.out, lambda stream: picture.save(stream, form))
@@ -240,7 +240,7 @@ def calibrate(options: argparse.Namespace) -> int:
             bar.update()
 
         calibration = calibrate_on(vlm, sources, told)
-        path = calibration.save(vlm.encoder.directory)
+        path = calibration.save(vlm.engine.directory)
     print(f"{path}: {calibration}", file=sys.stderr)  # noqa: T201
     return 1 if failures else 0
 

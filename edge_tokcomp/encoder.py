@@ -1,30 +1,22 @@
-"""From a picture to the rows a language model is fed: decode, preprocess, tower, compression, projector, markers."""
+"""From a picture to the rows a language model is fed: decode, look, compress, project, put the marker text between."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
-from .answers import EncodedImage, SeenImage
-from .budget import tokens_to_keep
+from .answers import EncodedImage, Look, SeenImage
 from .dynamic import Share
 from .errors import UsageError
-from .families import family_named
-from .families.base import Pixels
+from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
-from .methods import Method, TowerMethod
-from .tokens import VisionTokens
-from .tower import Provider, Tower, TowerOutput
+from .methods import Method
 from .variant import PLAIN, TowerVariant
 
 Picture = Any
@@ -35,59 +27,55 @@ Embed = Callable[[str, bool], NDArray[np.float32]]
 """``(text, special)`` to ``(n, width)``: a language model's own rows for a text; ``special`` obeys its tokens."""
 
 
-class ImageEncoder:
-    """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it under ``method``.
+class Engine(Protocol):
+    """What looks at pictures.
 
-    ``directory``: of the exported tower, run plainly.
-    ``embed``: the language model's rows for text: the question, for methods that look at it, and the family's markers.
+    ``name``: short. ``reason``: where it runs, or why it does. ``row_width``: of the rows its projector writes.
+    ``causal``, ``positions``, ``markers``: as of a ``Family``.
     """
 
-    def __init__(
-        self, mmproj: Path, embed: Embed, *, precision: Literal["fp32", "int8"], provider: Provider, threads: int,
-        seed: int, max_pixels: int, method: Method, keep: int | float,
-    ) -> None:  # fmt: skip
-        from .export.tower_files import cached_tower
+    name: str
+    reason: str
+    row_width: int
+    causal: bool
+    positions: Any
+    markers: tuple[str, ...]
 
-        self.precision, self.threads, self.seed, self.max_pixels = precision, threads, seed, max_pixels
-        self._mmproj, self._provider, self._embed = mmproj, provider, embed
-        self._pools = ThreadpoolController()
-        self._towers: dict[TowerVariant, Tower] = {}
-        self._plain = cached_tower(mmproj, precision, threads=threads)
-        self.spec, self.directory = self._plain.spec, self._plain.directory
-        self.family = family_named(self.spec.family)
-        self.tower = self._tower(self.variant(method, keep))
+    @property
+    def crop_tokens(self) -> int:
+        """Tokens of one crop, of usual size where sizes differ."""
 
     def variant(self, method: Method, keep: int | float) -> TowerVariant:
-        """How the tower is to be run for ``method``."""
-        wanted = tokens_to_keep(keep, self.spec.patches)
-        if not isinstance(method, TowerMethod) or wanted == self.spec.patches:
-            return PLAIN
-        return method.variant(wanted, self.spec.grid, self.spec.blocks)
+        """How it is to be run for ``method``."""
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows of one crop that enter the language model under ``method``."""
-        variant = self.variant(method, keep)
-        if variant != PLAIN:
-            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks))
-        return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
+
+    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
+        """The vision tokens of a picture."""
+
+
+class ImageEncoder:
+    """Pictures to rows by an ``engine``.
+
+    ``embed``: the language model's rows for text: the question, for methods that look at it, and the family's markers.
+    """
+
+    def __init__(self, engine: Engine, embed: Embed, *, threads: int, seed: int, max_pixels: int) -> None:
+        self.engine, self.threads, self.seed, self.max_pixels = engine, threads, seed, max_pixels
+        self._embed = embed
+        self._pools = ThreadpoolController()
 
     def see(self, picture: Picture, variant: TowerVariant = PLAIN) -> SeenImage:
-        """Run the tower on ``picture``, unless that was done; raises ``ImageError`` for one that cannot be read."""
+        """Look at ``picture``, unless that was done; raises ``ImageError`` for one that cannot be read."""
         seen = picture if isinstance(picture, SeenImage) else None
         if seen and seen.variant == variant:
             return seen
-        tower = self._tower(variant)
-        clock = _Clock()
+        started = time.perf_counter()
         image = seen.image if seen else self._open(picture)
-        clock.stop("decode")
-        if seen:
-            clock.times["decode"] = seen.timings_ms["decode"]
-        pixels = self.family.preprocess(image.picture, self.spec, variant.grid)
-        clock.stop("preprocess")
-        output = tower.encode(pixels.crops, want={"keys"})
-        clock.stop("encode")
-        tokens = self._tokens(pixels, output, variant)
-        return SeenImage(image, tokens, self.family.prompt(pixels), clock.times, variant, output.owner)
+        decode = seen.timings_ms["decode"] if seen else (time.perf_counter() - started) * 1e3
+        look = self.engine.look(image.picture, variant)
+        return SeenImage(image, look.tokens, look.parts, {"decode": decode, **look.timings_ms}, variant, look.owner)
 
     def compress(
         self, seen: SeenImage, method: Method, keep: int | float, question: str, share: Share | None = None
@@ -96,22 +84,22 @@ class ImageEncoder:
 
         The tower runs again only where the method needs it run otherwise.
         """
-        seen = self.see(seen, self.variant(method, keep))
-        clock, tokens = _Clock(), seen.tokens
+        seen = self.see(seen, self.engine.variant(method, keep))
+        started, tokens = time.perf_counter(), seen.tokens
         asked = "query" in method.needs | method.wants
         query = self._embed(question, False) if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
             plan = method.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
-        crop = tokens.layout.crop[plan.keep]  # of plan.order as well, which stays within a crop
-        parts = [kept[crop == part] if isinstance(part, int) else self._embed(part, True) for part in seen.parts]
-        owners = [part if isinstance(part, int) else -1 for part in seen.parts]
-        clock.stop("compress")
+        rows = image_rows(seen.inner, kept, plan, tokens.layout, self._text, on_grid=self.engine.positions == "grid")
+        compress = (time.perf_counter() - started) * 1e3
         return EncodedImage(
-            seen.image, tokens, seen.parts, {**seen.timings_ms, **clock.times}, seen.variant, seen.owner, plan,
-            np.concatenate(parts), np.repeat(owners, [len(part) for part in parts]), method, keep,
-            question if asked else None, share,
+            seen.image, tokens, seen.parts, {**seen.timings_ms, "compress": compress}, seen.variant, seen.owner, plan,
+            rows, method, keep, question if asked else None, share,
         )  # fmt: skip
+
+    def _text(self, text: str) -> NDArray[np.float32]:
+        return self._embed(text, True)
 
     def _open(self, picture: Picture) -> Image:
         if isinstance(picture, Image):
@@ -123,52 +111,3 @@ class ImageEncoder:
                 raise UsageError(f"a picture array must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
             return wrap_image(Pil.fromarray(picture), max_pixels=self.max_pixels)
         return open_image(picture, max_pixels=self.max_pixels)
-
-    def _tokens(self, pixels: Pixels, output: TowerOutput, variant: TowerVariant) -> VisionTokens:
-        """The rows of all crops end to end."""
-        attention, keys = output.cls_attention, output.keys
-        grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
-        layout = self.family.layout(replace(pixels, grids=grids))
-        if variant != PLAIN:
-            layout = replace(layout, whole=self.spec.patches * len(grids))
-        return VisionTokens(
-            output.features.reshape(-1, output.features.shape[-1]),
-            layout,
-            partial(_project, self.tower),
-            None if attention is None else np.concatenate(list(attention), axis=-1),
-            None if keys is None else keys.reshape(-1, keys.shape[-1]),
-        )
-
-    def _tower(self, variant: TowerVariant) -> Tower:
-        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own.
-
-        Besides the plain one and the first, only the last one stays open: each holds the weights anew.
-        """
-        merging = variant if variant.merges else PLAIN
-        if merging not in self._towers:
-            from .export.tower_files import cached_tower
-
-            files = self._plain
-            if merging != PLAIN:
-                files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
-            opened = Tower(files.directory, provider=self._provider, threads=self.threads)
-            stay = [PLAIN, *list(self._towers)[:1]]
-            self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {merging: opened}
-        return self._towers[merging]
-
-
-def _project(tower: Tower, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return tower.project(np.ascontiguousarray(rows, np.float32))
-
-
-class _Clock:
-    """Milliseconds between stops, by name."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.times[name] = (now - self._last) * 1e3
-        self._last = now

@@ -97,7 +97,7 @@ def evaluate(
         "method": str(vlm.method), "keep": vlm.keep, "dynamic": dynamic, "scenes": scenes, "tuning": tuning,
         "seed": seed, "wrong_image": wrong_image, "layer_steps": spell_steps(steps), "tokens": scored[-1].tokens,
         "layer_tokens": round(scored[-1].layer_tokens, 1), "model": vlm.name,
-        "precision": vlm.encoder.precision, "version": __version__,
+        "precision": vlm.engine.precision, "version": __version__,
         "seconds": round(time.perf_counter() - started, 1), "tasks": tasks,
     }  # fmt: skip
 

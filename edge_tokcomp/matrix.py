@@ -78,7 +78,7 @@ def run_matrix(
             }  # fmt: skip
         rows.append(row)
     return {
-        "model": vlm.name, "precision": vlm.encoder.precision, "scenes": scenes, "tuning": tuning,
+        "model": vlm.name, "precision": vlm.engine.precision, "scenes": scenes, "tuning": tuning,
         "seed": seed, "version": __version__, "seconds": round(time.perf_counter() - started, 1), "arms": rows,
     }  # fmt: skip
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .families.base import Pixels, TowerSpec
+from .families.base import Pixels
+from .families.tower_spec import TowerSpec
 from .tokens import Ints, Layout, Plan, Role
 
 SIDE = 672

@@ -84,7 +84,7 @@ def hash_of_model(vlm: VLM) -> str:
     values = {
         "lm": fingerprint(*model_files(vlm.lm)), "mmproj": fingerprint(vlm.mmproj), "method": repr(vlm.method),
         "keep": vlm.keep, "layer_steps": repr(vlm.layer_steps), "dynamic": vlm.sharing and vlm.sharing.key,
-        "seed": vlm.seed, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
+        "seed": vlm.seed, "precision": vlm.engine.precision, "n_ctx": vlm.decoder.n_ctx,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -93,7 +93,7 @@ def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
     """What was chosen where the user may have left it open, with the reason where there is one."""
     written = chat_prompt(vlm.model, prompt, 1)
     choices: dict[str, str | int] = {
-        "provider": vlm.encoder.tower.provider_reason, "precision": vlm.encoder.precision, "n_ctx": vlm.decoder.n_ctx,
+        "provider": vlm.engine.reason, "precision": vlm.engine.precision, "n_ctx": vlm.decoder.n_ctx,
         "threads": vlm.threads, "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
     if vlm.layer_steps:

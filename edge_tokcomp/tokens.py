@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from .budget import describe
@@ -123,6 +124,8 @@ class VisionTokens:
     ``project``: ``(n, D) -> (n, d)``, the projector; ``None`` when ``features`` are already of language width.
     ``cls_attention (heads, N) float32``: softmax weights of each crop's CLS query over the rows, if there is a CLS.
     ``keys (N, Dk) float32``: attention keys averaged over heads, for merging methods.
+    ``carried (N, E) float32``: what the projector takes after the features and methods do not look at (deepstack).
+    ``separator (d,) float32``: what separators are at language width.
     """
 
     features: Array
@@ -130,6 +133,8 @@ class VisionTokens:
     project: Callable[[Array], Array] | None = None
     cls_attention: Array | None = None
     keys: Array | None = None
+    carried: Array | None = None
+    separator: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.layout)
@@ -139,6 +144,8 @@ class VisionTokens:
             raise ValueError(f"cls_attention {tuple(self.cls_attention.shape)} must be (heads, {count})")
         if self.keys is not None and (self.keys.ndim != 2 or self.keys.shape[0] != count):
             raise ValueError(f"keys {tuple(self.keys.shape)} must be ({count}, Dk)")
+        if self.carried is not None and (self.carried.ndim != 2 or self.carried.shape[0] != count):
+            raise ValueError(f"carried {tuple(self.carried.shape)} must be ({count}, E)")
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -146,7 +153,7 @@ class VisionTokens:
     @cached_property
     def embeddings(self) -> Array:
         """``(N, d)``: every row at language width; computed once, on first use."""
-        return self.features if self.project is None else self.project(self.features)
+        return self._projected(self.features, self.carried, self.layout.protected)
 
     def rows(self, plan: Plan) -> Array:
         """``(n, d)``: what enters the language model under ``plan``.
@@ -155,8 +162,19 @@ class VisionTokens:
         """
         if "embeddings" in self.__dict__ and plan.assign is None:
             return plan.apply(self.embeddings)
-        kept = plan.apply(self.features)
-        return kept if self.project is None else self.project(kept)
+        carried = None if self.carried is None else plan.apply(self.carried)
+        order = plan.keep if plan.order is None else plan.order
+        return self._projected(plan.apply(self.features), carried, self.layout.protected[order])
+
+    def _projected(self, rows: Array, carried: Array | None, separators: NDArray[np.bool_]) -> Array:
+        if self.project is None:
+            return rows
+        if carried is not None:
+            rows = array_namespace(rows).concat([rows, carried], axis=1)
+        made = self.project(rows)
+        if self.separator is not None and separators.any():
+            made[np.flatnonzero(separators)] = array_namespace(made).asarray(self.separator)
+        return made
 
 
 @dataclass(frozen=True, eq=False)

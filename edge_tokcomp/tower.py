@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Provider = Literal["auto", "cpu", "cuda"]
 
+_USUAL = ("features", "cls_attention", "deepstack")
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _CUDA_OPTIONS = {
     # Boards share memory with the GPU: take what is needed, not the next power of two.
@@ -38,17 +39,34 @@ _CUDA_OPTIONS = {
 class TowerOutput:
     """What the tower says of B crops.
 
-    ``features (B, rows, D) float32``, CLS row first where the tower has one.
+    ``features (B, rows, D) float32``: a row a token, CLS row first where the tower returns one.
     ``cls_attention (B, heads, rows) float32``: the softmax weights of the CLS query, None without a CLS.
     ``keys (B, rows, Dk) float32``: that block's attention keys averaged over heads, None unless asked for.
     ``owners``: for each merge of a tower that merges, ``(B, N) int64``: the cell of the grid after it, in raster order,
     that each of the picture's N patches is in.
+    ``deepstack (B, rows, E) float32``: features of blocks on the way, which only the projector takes; None where the
+    model has no such.
     """
 
     features: Floats
     cls_attention: Floats | None
     keys: Floats | None = None
     owners: tuple[Ints, ...] = ()
+    deepstack: Floats | None = None
+
+    def rows(self, crop: int) -> Floats:
+        """``(rows, D + E)``: what the projector takes of one crop."""
+        if self.deepstack is None:
+            return np.asarray(self.features[crop])
+        return np.concatenate([self.features[crop], self.deepstack[crop]], axis=1)
+
+    def crop(self, number: int) -> TowerOutput:
+        """The same of one crop."""
+        one = slice(number, number + 1)
+        attention, keys, deepstack = (
+            None if array is None else array[one] for array in (self.cls_attention, self.keys, self.deepstack)
+        )
+        return TowerOutput(self.features[one], attention, keys, tuple(o[one] for o in self.owners), deepstack)
 
     @property
     def owner(self) -> Ints | None:
@@ -61,9 +79,10 @@ class Tower:
 
     ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
     why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, pixels of the
-    pictures it was made for, ``patch_size``, ``width`` (D) and ``language_width`` (d). Raises ``TokcompError`` when the
-    directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never falls
-    back from one that was asked for.
+    pictures it was made for, ``unit``, what other sides are multiples of, ``width`` (D) and ``language_width`` (d).
+    ``separator (d,) float32``: what stands between rows of tokens, where the model has such. Raises ``TokcompError``
+    when the directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never
+    falls back from one that was asked for.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, provider: Provider = "auto", threads: int) -> None:
@@ -87,18 +106,21 @@ class Tower:
         self._tower, self._projector = sessions
         outputs = [output.name for output in self._tower.get_outputs()]
         self._owners = [name for name in outputs if name.startswith("owner_")]
-        self._usual = [name for name in outputs if name in ("features", "cls_attention")] + self._owners
+        self._usual = [name for name in outputs if name in _USUAL] + self._owners
         self._further = set(outputs) - set(self._usual)
         try:
             properties = self._tower.get_modelmeta().custom_metadata_map
-            side, self.patch_size, self._heads = (int(properties[n]) for n in ("image_size", "patch_size", "heads"))
+            side, self.unit, heads = (int(properties[n]) for n in ("image_size", "unit", "heads"))
             self.image_size: tuple[int, int] = side, side
             _, _, height, width = self._tower.get_inputs()[0].shape
             self._takes: tuple[int | str, int | str] = height, width
             self.width: int = self._tower.get_outputs()[outputs.index("features")].shape[2]
             self.language_width: int = self._projector.get_outputs()[0].shape[1]
-            if not (1 <= self.patch_size <= side and self._heads >= 1) or self.width % self._heads:
-                raise ValueError(f"pictures of {side}, patches of {self.patch_size}, heads {self._heads}")
+            self._taken: int = self._projector.get_inputs()[0].shape[1]
+            if not 1 <= self.unit <= side or self.width < 1 or self._taken % self.width:
+                raise ValueError(f"pictures of {side} in units of {self.unit}, rows of {self.width} and {self._taken}")
+            self._heads = heads
+            self.separator = _separator(self.directory / "separator.npy", self.language_width)
         except (ValueError, TypeError, IndexError, KeyError) as fault:
             raise TokcompError(
                 f"{self.directory}: its graphs are no tower and projector ({fault!r}); export the tower again"
@@ -107,7 +129,7 @@ class Tower:
     def encode(self, pixels: Floats, want: Collection[Literal["keys"]] = ()) -> TowerOutput:
         """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B.
 
-        H and W are ``image_size`` or other multiples of ``patch_size``; a tower that merges takes one size. ``want``:
+        H and W are ``image_size`` or other multiples of ``unit``; a tower that merges takes one size. ``want``:
         what is to be computed besides the features and the CLS attention.
         Raises ``TokcompError`` when ONNX Runtime fails, most often for want of memory.
         """
@@ -118,7 +140,7 @@ class Tower:
             or not len(pixels)
             or not all(self._fits(axis, length) for axis, length in enumerate(pixels.shape[2:]))
         ):
-            sides = ", ".join(str(side) if type(side) is int else f"n*{self.patch_size}" for side in self._takes)
+            sides = ", ".join(str(side) if type(side) is int else f"n*{self.unit}" for side in self._takes)
             raise ValueError(f"pixels must be (B, 3, {sides}) float32, got {pixels.shape} {pixels.dtype}")
         if not self._further.issuperset(want):
             raise ValueError(f"this tower does not return {', '.join(sorted(set(want) - self._further))}")
@@ -128,21 +150,22 @@ class Tower:
         if keys is not None:
             keys = keys.reshape(*keys.shape[:2], self._heads, -1).mean(axis=2)
         return TowerOutput(
-            found["features"], found.get("cls_attention"), keys, tuple(found[name] for name in self._owners)
+            found["features"], found.get("cls_attention"), keys, tuple(found[name] for name in self._owners),
+            found.get("deepstack"),
         )  # fmt: skip
 
     def _fits(self, axis: int, length: int) -> bool:
         if type(self._takes[axis]) is int:
             return length == self._takes[axis]
-        return length == self.image_size[axis] or (length > 0 and length % self.patch_size == 0)
+        return length == self.image_size[axis] or (length > 0 and length % self.unit == 0)
 
     def project(self, rows: Floats) -> Floats:
-        """``rows (n, D) float32`` to ``(n, d) float32``; any n.
+        """``rows (n, D) float32``, deepstack features beside them, to ``(n, d) float32``; any n.
 
         Raises ``TokcompError`` when ONNX Runtime fails, and for a row that comes out with NaN or infinity.
         """
-        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self.width:
-            raise ValueError(f"rows must be (n, {self.width}) float32, got {rows.shape} {rows.dtype}")
+        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != self._taken:
+            raise ValueError(f"rows must be (n, {self._taken}) float32, got {rows.shape} {rows.dtype}")
         embeddings: Floats = self._run("projector", self._projector, ["embeddings"], {"rows": rows})[0]
         finite = np.isfinite(embeddings).all(axis=1)
         if not finite.all():
@@ -164,6 +187,16 @@ class Tower:
                 f"free memory if that is short, or {instead}"
             ) from fault
         return results
+
+
+def _separator(path: Path, width: int) -> Floats | None:
+    """What is in ``path``, where it exists; raises ``ValueError`` for anything but a finite row of ``width``."""
+    if not path.is_file():
+        return None
+    row = np.load(path, allow_pickle=False)
+    if row.shape != (width,) or row.dtype != np.float32 or not np.isfinite(row).all():
+        raise ValueError(f"separator of {row.shape} {row.dtype}")
+    return np.asarray(row)
 
 
 def _import_runtime() -> Any:

@@ -30,10 +30,11 @@ from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
 from .methods.layer_step import LayerStep, spell_steps
 from .methods.layer_steps import read_layer_steps
-from .prompt_rows import prompt_parts, rows_of
+from .prompt_rows import feed, prompt_parts, rows_of
 from .segmenting import model_name, open_language
 from .tokens import Rows
 from .tower import Provider
+from .tower_engine import TowerEngine
 
 DEFAULT_METHOD = "mosaic"
 DEFAULT_KEEP = 0.25
@@ -131,11 +132,13 @@ class VLM:
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
             )
             self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
+            self.engine = TowerEngine(
+                mmproj, precision=precision, provider=provider, threads=threads, method=method, keep=keep
+            )
             self.encoder = ImageEncoder(
-                mmproj, self._embedded, precision=precision, provider=provider, threads=threads, seed=seed,
-                max_pixels=max_pixels, method=method, keep=keep,
-            )  # fmt: skip
-            width = self.encoder.tower.language_width
+                self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels
+            )
+            width = self.engine.row_width
             if width != self.decoder.row_width:
                 raise TokcompError(
                     f"{mmproj} writes rows of {width}, {lm} takes {self.decoder.row_width}; "
@@ -143,7 +146,7 @@ class VLM:
                 )
             self._check_steps(layer_steps)
             if sharing and sharing.by == "calibrated":
-                sharing.mean = Calibration.stored(self.encoder.directory, mmproj).mean
+                sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean
             self.layer_steps = layer_steps
             self._held: tuple[object, ...] | None = None
             self._closed = False
@@ -156,7 +159,7 @@ class VLM:
 
         Raises ``ImageError`` for a picture that cannot be read.
         """
-        return self.encoder.see(picture, self.encoder.variant(self.method, self.keep))
+        return self.encoder.see(picture, self.engine.variant(self.method, self.keep))
 
     def encode(self, picture: Picture, question: str = CAPTION_PROMPT, *, share: Share | None = None) -> EncodedImage:
         """Decode, preprocess, run the tower, choose what to keep, project it.
@@ -209,7 +212,7 @@ class VLM:
         picture that cannot be read, ``UsageError`` without any.
         """
         found = Calibration.of([self.claim(picture).information for picture in pictures])
-        found.save(self.encoder.directory)
+        found.save(self.engine.directory)
         return found.mean
 
     def set_layer_steps(self, steps: str | Sequence[str | LayerStep]) -> None:
@@ -228,9 +231,9 @@ class VLM:
         self.layer_steps = chosen
 
     def _check_steps(self, steps: Sequence[LayerStep]) -> None:
-        if not self.encoder.family.causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
+        if not self.engine.causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
             raise UsageError(
-                f"layer steps {spell_steps(steps)}: {self.encoder.family.name} lets image tokens see one another, so "
+                f"layer steps {spell_steps(steps)}: in this model image tokens see one another, so "
                 "the question cannot be read with them; use spectrum"
             )
 
@@ -303,10 +306,10 @@ class VLM:
         With ``dynamic``, of a picture that gets the mean, or with ``most`` as much as any can get.
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
-        pieces = chat_prompt(self.model, question, 1).tokenize(self.model)
-        kept = self.encoder.kept(self.method, self.keep)
+        pieces = chat_prompt(self.model, question, 1, self.engine.markers).tokenize(self.model)
+        kept = self.engine.kept(self.method, self.keep)
         if most and self.sharing:
-            kept = largest_share(kept, self.encoder.spec.patches)
+            kept = largest_share(kept, self.engine.crop_tokens)
         return sum(len(piece) for piece in pieces) + kept + 1
 
     def close(self) -> None:
@@ -336,10 +339,11 @@ class VLM:
         if self._closed:
             raise ValueError("the model is closed; load it again")
         self._end_stream()
-        pieces = chat_prompt(self.model, question, len(images)).tokenize(self.model)
+        prompt = chat_prompt(self.model, question, len(images), self.engine.markers)
+        pieces = prompt.around([image.around for image in images]).tokenize(self.model)
         started = time.perf_counter()
         parts = prompt_parts(self.embedding, pieces, images)
-        needed = sum(len(rows) for rows, _ in parts) + 1
+        needed = sum(map(len, parts)) + 1
         if needed > self.decoder.n_ctx:
             raise TokcompError(
                 f"image and prompt need {needed} rows of context, there are {self.decoder.n_ctx}; "
@@ -351,12 +355,12 @@ class VLM:
         if key != self._held:
             self._held = None
             self.decoder.clear()
-            if lead := rows_of(parts[:kept], 0, _PREFIX):
-                self.decoder.decode(lead, causal=self.encoder.family.causal)
+            feed(self.decoder, rows_of(parts[:kept], 0, _PREFIX), causal=self.engine.causal)
             self._held = key
         self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
-        return rows_of(parts[kept:], self.decoder.length(_ANSWER), _ANSWER), time.perf_counter() - started
+        start = sum(part.advance for part in parts[:kept])
+        return rows_of(parts[kept:], start, _ANSWER), time.perf_counter() - started
 
     def _generate(
         self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]

@@ -36,7 +36,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Attention:
-    """``query``, ``key``, ``value (B, S, D)`` of one block in ``graph``, in ``heads`` heads of ``width`` together."""
+    """``query``, ``key``, ``value (B, S, D)`` of one block in ``graph``, in ``heads`` heads of ``width`` together.
+
+    ``mask (B, S) int32``: 0 for rows that nobody attends to.
+    """
 
     graph: Graph
     query: str
@@ -45,6 +48,7 @@ class Attention:
     heads: int
     width: int
     sizes: Sizes | None = None
+    mask: str | None = None
 
     def attend(self) -> str:
         """``(B, S, D)``: one fused operator, as fast as MatMul and Softmax apart or faster, and without their
@@ -59,8 +63,9 @@ class Attention:
         if self.sizes is not None:
             query, key = self._widened(query, self.sizes.ones), self._widened(key, self.sizes.keys)
             options = {"scale": self._size**-0.5}
+        inputs = [query, key, self.value] + ([] if self.mask is None else ["", self.mask])
         return self.graph.node(
-            "MultiHeadAttention", query, key, self.value, domain="com.microsoft", num_heads=self.heads, **options
+            "MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=self.heads, **options
         )
 
     def first_row(self) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Tower, TowerOutput
-from edge_tokcomp.variant import TowerVariant
+from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .mmproj import Mmproj
 from .reference import reference_projector, reference_tower
@@ -29,9 +29,9 @@ CLOSE = 0.999
 class Check:
     """Errors against the NumPy reference.
 
-    ``features``, ``cls_attention``, ``keys``, ``embeddings``: relative errors, ``|export - source| / |source|`` (0
-    where there is no CLS). ``cosine``, ``worst_cosine``: mean and least over the rows of the features. ``misplaced``:
-    fraction of the patches that a merge put elsewhere than the source does.
+    ``features`` (deepstack features among them), ``cls_attention``, ``keys``, ``embeddings``: relative errors,
+    ``|export - source| / |source|`` (0 where there is no CLS). ``cosine``, ``worst_cosine``: mean and least over the
+    rows of the features. ``misplaced``: fraction of the patches that a merge put elsewhere than the source does.
     """
 
     features: float
@@ -76,7 +76,7 @@ class Reference:
     @classmethod
     def of(cls, spec: TowerSpec, mmproj: Mmproj) -> Reference:
         """Run the NumPy tower and projector of ``mmproj`` on one picture."""
-        pixels = seeded_picture(spec.image_size, spec.image_size)
+        pixels = seeded_picture(*picture_size(spec, PLAIN))
         return cls._of(spec, mmproj, pixels, reference_tower(spec, mmproj, pixels))
 
     @classmethod
@@ -90,7 +90,7 @@ class Reference:
 
     @classmethod
     def _of(cls, spec: TowerSpec, mmproj: Mmproj, pixels: Floats, output: TowerOutput) -> Reference:
-        return cls(pixels, output, reference_projector(spec, mmproj, output.features[0]))
+        return cls(pixels, output, reference_projector(spec, mmproj, output.rows(0)))
 
 
 def check_tower(directory: Path, reference: Reference) -> Check:
@@ -100,10 +100,10 @@ def check_tower(directory: Path, reference: Reference) -> Check:
     cosines = _cosines(output.features[0], wanted.features[0])
     merges = zip(output.owners, wanted.owners, strict=True)
     return Check(
-        features=_relative(output.features, wanted.features),
+        features=max(_relative(output.features, wanted.features), _relative(output.deepstack, wanted.deepstack)),
         cls_attention=_relative(output.cls_attention, wanted.cls_attention),
         keys=_relative(output.keys, wanted.keys),
-        embeddings=_relative(tower.project(wanted.features[0]), reference.embeddings),
+        embeddings=_relative(tower.project(wanted.rows(0)), reference.embeddings),
         cosine=float(cosines.mean()),
         worst_cosine=float(cosines.min()),
         misplaced=max((float(np.mean(found != owner)) for found, owner in merges), default=0.0),

@@ -116,7 +116,24 @@ class Graph:
         """A constant ``(n,) int64``: axes, indices, lengths to reshape by (0 keeps an axis, -1 takes what is left)."""
         return self.constant(np.array(values, dtype=np.int64))
 
-    def linear(self, x: str, name: str, weight: Weight, bias: Weight, int8: bool = False) -> str:
+    def scalar(self, value: int) -> str:
+        """A constant ``() int64``."""
+        return self.constant(np.array(value, dtype=np.int64))
+
+    def shape(self, *lengths: int | str) -> str:
+        """``(n,) int64`` of numbers and of values ``(1,) int64``, to reshape or expand by (-1: what is left)."""
+        if all(isinstance(length, int) for length in lengths):
+            return self.ints(*(int(length) for length in lengths))
+        parts = [self.ints(length) if isinstance(length, int) else length for length in lengths]
+        return self.node("Concat", *parts, axis=0)
+
+    def split(self, x: str, lengths: str, count: int, axis: int) -> list[str]:
+        """``x`` in ``count`` parts along ``axis``."""
+        outputs = [f"Split_{len(self._nodes)}_{number}" for number in range(count)]
+        self._nodes.append(helper.make_node("Split", [x, lengths], outputs, name=outputs[0], axis=axis))
+        return outputs
+
+    def linear(self, x: str, name: str, weight: Weight, bias: Weight | None, int8: bool = False) -> str:
         """``x @ weight.T + bias`` with ``weight (out, in)``; with ``int8`` the product of 8-bit integers."""
         if int8:
             levels = cache(lambda: _eight_bits(weight()))
@@ -125,21 +142,26 @@ class Graph:
                 self.weight(f"{name}.levels", lambda: levels()[0]),
                 self.weight(f"{name}.scale", lambda: levels()[1]),
                 "",
-                self.weight(f"{name}.bias", bias),
             ]
+            if bias is not None:
+                inputs.append(self.weight(f"{name}.bias", bias))
             return self.node("DynamicQuantizeMatMul", *inputs, domain=_MICROSOFT)
         product = self.node("MatMul", x, self.weight(f"{name}.weight", lambda: weight().T), into=f"{name}.product")
-        return self.node("Add", product, self.weight(f"{name}.bias", bias))
+        return product if bias is None else self.node("Add", product, self.weight(f"{name}.bias", bias))
 
-    def layer_norm(self, x: str, name: str, weight: Weight, bias: Weight, eps: float) -> str:
-        """Normalise the last axis."""
-        scale, shift = self.weight(f"{name}.weight", weight), self.weight(f"{name}.bias", bias)
-        return self.node("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+    def norm(self, x: str, name: str, weight: Weight, bias: Weight | None, eps: float, kind: str = "") -> str:
+        """Normalise the last axis: ``rms`` without, otherwise with its mean taken off."""
+        inputs = [x, self.weight(f"{name}.weight", weight)]
+        if bias is not None:
+            inputs.append(self.weight(f"{name}.bias", bias))
+        # ONNX Runtime keeps its RMS norm under ONNX's own domain.
+        operator = "SimplifiedLayerNormalization" if kind.startswith("rms") else "LayerNormalization"
+        return self.node(operator, *inputs, axis=-1, epsilon=eps)
 
     def activation(self, x: str, kind: str) -> str:
-        """``gelu`` (exact), ``quick_gelu`` (``x * sigmoid(1.702 x)``) or ``silu`` (``x * sigmoid(x)``)."""
-        if kind == "gelu":
-            return self.node("Gelu", x)
+        """``gelu`` (exact), ``gelu_tanh``, ``quick_gelu`` (``x * sigmoid(1.702 x)``) or ``silu``."""
+        if kind in ("gelu", "gelu_tanh"):
+            return self.node("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none")
         return self.node("QuickGelu", x, domain=_MICROSOFT, alpha={"quick_gelu": 1.702, "silu": 1.0}[kind])
 
 

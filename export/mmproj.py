@@ -4,7 +4,7 @@
 suspicion first. The tensors a tower needs are checked by name and shape before the first of them is read.
 
 Old converters wrote the two linears of a block's feed-forward under each other's name; here ``ffn_up`` always widens
-and ``ffn_down`` always narrows.
+and ``ffn_down`` always narrows. Queries, keys and values stored as one tensor (``attn_qkv``) are read as three.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from edge_tokcomp.errors import TokcompError
-from edge_tokcomp.families.base import TowerSpec
 from edge_tokcomp.language.gguf_header import read_header
 
 _MOST_ELEMENTS = 1 << 16
@@ -30,7 +29,7 @@ _MOST_ELEMENTS = 1 << 16
 class Mmproj:
     """An open mmproj GGUF.
 
-    ``metadata``: its key-value pairs as plain Python values. ``names``: its tensors. Raises ``TokcompError`` when the
+    ``metadata``: its key-value pairs as plain Python values. ``shapes``: of its tensors, slowest axis first. Raises ``TokcompError`` when the
     file is missing, damaged, or no vision projector.
     """
 
@@ -54,14 +53,17 @@ class Mmproj:
             raise TokcompError(f"{self.path}: not a readable GGUF ({fault}); download or convert it again") from fault
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._swapped = self._has_swapped_ffn()
-        self.names = frozenset(self._tensors)
+        self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, slowest axis first; raises ``TokcompError`` when it is missing."""
-        stored = self._stored(name)
+        stored, part = self._stored(name)
         if stored not in self._tensors:
             raise TokcompError(f"{self.path}: tensor {name} is missing; convert the model again")
-        return tuple(int(length) for length in reversed(self._tensors[stored].shape.tolist()))
+        first, *others = self.shapes[stored]
+        if part is not None and first % 3:
+            raise TokcompError(f"{self.path}: tensor {stored} of {first} rows holds no queries, keys and values")
+        return (first if part is None else first // 3, *others)
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ``TokcompError`` unless every tensor is there in its shape (axes of one may be missing or added)."""
@@ -75,21 +77,28 @@ class Mmproj:
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """One tensor as ``shape float32``; raises ``TokcompError`` if it is missing, of another shape or unreadable."""
         self.require({name: shape})
-        tensor = self._tensors[self._stored(name)]
+        stored, part = self._stored(name)
+        tensor = self._tensors[stored]
         try:
-            return np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(shape)
+            whole = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            return whole.reshape(shape) if part is None else whole.reshape(3, *shape)[part]
         except NotImplementedError as fault:
             raise TokcompError(
                 f"{self.path}: tensor {name} is of type {tensor.tensor_type.name}, which cannot be read; "
                 "use an F16 or Q8_0 file"
             ) from fault
 
-    def _stored(self, name: str) -> str:
-        if not self._swapped:
-            return name
-        if ".ffn_up." in name:
-            return name.replace(".ffn_up.", ".ffn_down.")
-        return name.replace(".ffn_down.", ".ffn_up.")
+    def _stored(self, name: str) -> tuple[str, int | None]:
+        """What a tensor is called in the file, and which third of that it is where three are stored as one."""
+        for part, letter in enumerate("qkv"):
+            fused = name.replace(f".attn_{letter}.", ".attn_qkv.")
+            if fused != name and fused in self._tensors:
+                return fused, part
+        if self._swapped and ".ffn_up." in name:
+            return name.replace(".ffn_up.", ".ffn_down."), None
+        if self._swapped and ".ffn_down." in name:
+            return name.replace(".ffn_down.", ".ffn_up."), None
+        return name, None
 
     def _has_swapped_ffn(self) -> bool:
         up, down = (self._tensors.get(f"v.blk.0.ffn_{way}.weight") for way in ("up", "down"))
@@ -102,42 +111,8 @@ class Mmproj:
         return bool(up.shape[0] != width) or "clip.has_text_encoder" in self.metadata
 
 
-def tower_shapes(spec: TowerSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor the tower of ``spec`` is made of."""
-    width = spec.width
-    shapes: dict[str, tuple[int, ...]] = {
-        "v.patch_embd.weight": (width, 3, spec.patch_size, spec.patch_size),
-        "v.position_embd.weight": (spec.rows, width),
-    }
-    if spec.patch_bias:
-        shapes["v.patch_embd.bias"] = (width,)
-    if spec.class_token:
-        shapes["v.class_embd"] = (width,)
-    norms = ["v.pre_ln"] * spec.pre_norm
-    linears: dict[str, tuple[int, int]] = {}
-    for block in range(spec.blocks):
-        norms += [f"v.blk.{block}.ln1", f"v.blk.{block}.ln2"]
-        linears |= {f"v.blk.{block}.attn_{part}": (width, width) for part in ("q", "k", "v", "out")}
-        linears |= {
-            f"v.blk.{block}.ffn_up": (spec.ffn_width, width),
-            f"v.blk.{block}.ffn_down": (width, spec.ffn_width),
-        }
-    for name in norms:
-        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
-def projector_shapes(spec: TowerSpec, mmproj: Mmproj) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the projector's tensors: linears, each as wide as the one before it ends."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    width = spec.width
-    for prefix in spec.projector_prefixes:
-        into = mmproj.shape(f"{prefix}.weight")[0]
-        shapes |= {f"{prefix}.weight": (into, width), f"{prefix}.bias": (into,)}
-        width = into
-    return shapes
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(length) for length in reversed(tensor.shape.tolist()))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,21 +28,22 @@ from threadpoolctl import threadpool_limits
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import family_for
-from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .building import discard, folder_aside, put, refuse_taken
 from .check import EXACT, Check, Reference, check_tower
-from .mmproj import Mmproj, projector_shapes, tower_shapes
+from .mmproj import Mmproj
+from .shapes import language_width, projector_shapes, tower_shapes
 from .vit import key_block, write_projector, write_tower
 
-EXPORTER = 2
+EXPORTER = 3
 """Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
 
 Precision = Literal["fp32", "int8"]
 """int8 stores and multiplies the blocks' matrices in 8 bits, quantising activations as they come: for CPUs."""
 
-_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")
+_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
 # Rungs of int8, fastest first: what stays in float32. A sharp attention suffers in the queries and keys, outliers in
 # ffn_down's input. The projector always stays: its input is not normalised, and only kept rows pass through it.
 _LEFT_ALONE: tuple[tuple[str, ...], ...] = ((), ("attn_q", "attn_k"), ("ffn_down",), ("attn_q", "attn_k", "ffn_down"))
@@ -161,7 +162,7 @@ def _opened(order: _Order) -> tuple[Mmproj, TowerSpec]:
         raise UsageError(f"unknown precision {order.precision!r}; one of {', '.join(get_args(Precision))}")
     mmproj = Mmproj(order.source)
     try:
-        spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.names)
+        spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     except TokcompError as fault:
         raise TokcompError(f"{order.source}: {fault}") from fault
     mmproj.require(tower_shapes(spec) | projector_shapes(spec, mmproj))
@@ -204,6 +205,8 @@ def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precis
     if not np.isfinite(reference.embeddings).all():
         raise TokcompError(f"{mmproj.path}: its weights give no finite numbers; download or convert it again")
     write_projector(spec, mmproj, into / "projector.onnx")
+    if spec.separator:
+        np.save(into / "separator.npy", mmproj.tensor(spec.separator, (language_width(spec, mmproj),)))
     if precision == "fp32":
         write_tower(spec, mmproj, into / "tower.onnx")
         check = check_tower(into, reference)
@@ -221,14 +224,15 @@ def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precis
 
 def _write_variant(plain: TowerFiles, mmproj: Mmproj, into: Path, variant: TowerVariant) -> Check:
     """The tower of ``plain`` with the merges of ``variant``, over the same weights."""
-    for name in ("tower.onnx.data", "projector.onnx", "projector.onnx.data"):
+    spec = plain.spec
+    for name in ("tower.onnx.data", "projector.onnx", "projector.onnx.data", *["separator.npy"] * bool(spec.separator)):
         try:
             os.link(plain.directory / name, into / name)
         except OSError:  # Some disks have no links.
             shutil.copyfile(plain.directory / name, into / name)
     int8 = [name for name in _LINEARS if name not in plain.left_in_fp32] if plain.precision == "int8" else []
-    write_tower(plain.spec, mmproj, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
-    check = check_tower(into, Reference.of_variant(plain.spec, mmproj, variant, into, _SLACK[plain.precision]))
+    write_tower(spec, mmproj, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
+    check = check_tower(into, Reference.of_variant(spec, mmproj, variant, into, _SLACK[plain.precision]))
     if plain.precision == "fp32" and not check.exact:
         raise TokcompError(
             f"{mmproj.path}: its export ({variant}) differs from the source ({check}); please report this file"
@@ -239,6 +243,10 @@ def _write_variant(plain: TowerFiles, mmproj: Mmproj, into: Path, variant: Tower
 
 
 def _final_grid(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
+    if variant.merges and (spec.merge > 1 or spec.rotary or spec.window or spec.deepstack):
+        raise UsageError(
+            f"{spec.family}: patches cannot be merged inside this tower ({variant}); choose a method that acts after it"
+        )
     # What the tower returns besides the features is of one block, which no merge may come after.
     return variant.final_grid(spec.grid, key_block(spec) + 1)
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
 
-from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.families.tower_spec import Step, TowerSpec
 from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .attention import Attention, Sizes
 from .graph import Floats, Graph, Weight
-from .mmproj import Mmproj, projector_shapes, tower_shapes
+from .mmproj import Mmproj
 from .oim import Merger
+from .patches import Grid, embedded, rotary_tables
+from .shapes import Shapes, projector_shapes, tower_shapes
+from .windows import Windows
+
+TRIAL_GRID = (10, 14)
+"""Tokens of the picture that a tower of pictures of any size is tried on."""
 
 
 def key_block(spec: TowerSpec) -> int:
@@ -26,9 +33,10 @@ def key_block(spec: TowerSpec) -> int:
 
 def picture_size(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
     """Height and width in pixels of the pictures a variant of the tower is meant for."""
-    if variant.grid is None:
+    rows, columns = variant.grid or (TRIAL_GRID if spec.dynamic else spec.grid)
+    if variant.grid is None and not spec.dynamic:
         return spec.image_size, spec.image_size
-    return variant.grid[0] * spec.patch_size, variant.grid[1] * spec.patch_size
+    return rows * spec.unit, columns * spec.unit
 
 
 def write_tower(
@@ -39,104 +47,198 @@ def write_tower(
     variant: TowerVariant = PLAIN,
     weights: Path | None = None,
 ) -> None:
-    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, D)``, ``cls_attention (B, heads, rows)``,
-    ``keys (B, rows, D)``, all float32.
+    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, token_width)``, ``keys (B, rows, D)``,
+    with a CLS ``cls_attention (B, heads, rows)`` and with deepstack ``deepstack (B, rows, levels * token_width)``, all
+    float32.
 
-    ``features`` are the output of block ``spec.blocks - 1``, CLS row first; ``cls_attention``, only of towers with a
-    CLS, holds the softmax weights of the CLS query in block ``key_block``; ``keys`` its keys of all heads.
-    H and W are any multiples of the patch size; the positions are stretched to them as transformers does.
+    ``features`` are the output of block ``spec.blocks - 1``, normalised where the spec says so, a row a token, a CLS
+    row first where patches are tokens; ``cls_attention`` holds the softmax weights of the CLS query in block
+    ``key_block``, summed over the patches of a token; ``keys`` its keys of all heads, averaged over them.
+    H and W are any multiples of ``spec.unit``; the positions are stretched to them as transformers does.
 
     With the merges of ``variant``, which its ``final_grid`` has accepted, H and W are fixed, and ``owner_0``,
     ``owner_1``, ... ``(B, N) int64`` say after each merge which cell every patch of the picture is in. ``weights``: the
     path of the plain tower's graph, whose data file then serves this one.
     """
-    shapes = tower_shapes(spec)
-
-    def weight(name: str) -> Weight:
-        return partial(mmproj.tensor, name, shapes[name])
-
     with Graph(path, weights) as graph:
+        size = picture_size(spec, variant) if variant.merges else ("height", "width")
+        pixels = graph.input("pixels", ("batch", 3, *size))
+        _Tower(graph, spec, _Weights(mmproj, tower_shapes(spec)), int8, variant).write(pixels)
+        graph.save({name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads", "unit")})
 
-        def norm(x: str, name: str) -> str:
-            return graph.layer_norm(x, name, weight(f"{name}.weight"), weight(f"{name}.bias"), spec.eps)
 
-        def linear(x: str, name: str) -> str:
-            return graph.linear(
-                x, name, weight(f"{name}.weight"), weight(f"{name}.bias"), name.rpartition(".")[2] in int8
-            )
+def write_projector(spec: TowerSpec, mmproj: Mmproj, path: Path) -> None:
+    """Write the graph ``rows (n, token_width) float32`` -> ``embeddings (n, d)``; with deepstack both are as many times
+    as wide as there are levels and one, the usual features first."""
+    shapes = projector_shapes(spec, mmproj)
+    weights = _Weights(mmproj, shapes)
+    stacks = [spec.projector, *(stack.projector for stack in spec.deepstack)]
+    with Graph(path) as graph:
+        rows = graph.input("rows", ("n", spec.token_width * len(stacks)))
+        parts = [rows]
+        if spec.deepstack:
+            lengths = graph.ints(*[spec.token_width] * len(stacks))
+            parts = graph.split(rows, lengths, len(stacks), axis=1)
+        made = [_projected(graph, part, steps, weights) for part, steps in zip(parts, stacks, strict=True)]
+        last = [step for step in spec.projector if step.kind == "linear"][-1]
+        width = shapes[f"{last.name}.weight"][0] * len(stacks)
+        graph.output(made[0] if len(made) == 1 else graph.node("Concat", *made, axis=1), "embeddings", ("n", width))
+        graph.save()
 
-        merger = Merger(graph, variant.grid or spec.grid, int(spec.class_token), variant.sharing)
-        owners: list[str] = []
-        sizes: Sizes | None = None
-        x = _embedded(graph, spec, weight, picture_size(spec, variant) if variant.merges else ("height", "width"))
+
+def _projected(graph: Graph, x: str, steps: Sequence[Step], weights: _Weights) -> str:
+    for step in steps:
+        if step.kind == "linear":
+            x = graph.linear(x, step.name, weights(f"{step.name}.weight"), weights.bias(step.name, step.bias))
+        elif step.kind in ("layer_norm", "rms_norm"):
+            scale, shift = weights(f"{step.name}.weight"), weights.bias(step.name, step.bias)
+            x = graph.norm(x, step.name, scale, shift, step.eps, step.kind)
+        else:
+            x = graph.activation(x, step.kind)
+    return x
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Reads tensors of the file by name, when they are to be written."""
+
+    mmproj: Mmproj
+    shapes: Shapes
+
+    def __call__(self, name: str) -> Weight:
+        return partial(self.mmproj.tensor, name, self.shapes[name])
+
+    def bias(self, name: str, there: bool = True) -> Weight | None:
+        return self(f"{name}.bias") if there and f"{name}.bias" in self.shapes else None
+
+
+class _Tower:
+    """The blocks of one tower, under construction."""
+
+    def __init__(
+        self, graph: Graph, spec: TowerSpec, weights: _Weights, int8: Collection[str], variant: TowerVariant
+    ) -> None:
+        self.graph, self.spec, self.weights, self.int8, self.variant = graph, spec, weights, int8, variant
+
+    def write(self, pixels: str) -> None:
+        graph, spec, variant = self.graph, self.spec, self.variant
+        x, grid = embedded(graph, spec, self.weights, pixels)
         if spec.pre_norm:
-            x = norm(x, "v.pre_ln")
+            x = self.norm(x, "v.pre_ln")
+        merger = Merger(graph, variant.grid or spec.table_grid, int(spec.class_token), variant.sharing)
+        rotary = rotary_tables(graph, spec, grid) if spec.rotary else None
+        windows = Windows(graph, grid, spec.window.side * spec.merge, spec.width) if spec.window else None
+        whole = spec.window.whole if spec.window else range(spec.blocks)
+        owners: list[str] = []
+        stacked: list[str] = []
+        sizes: Sizes | None = None
+        split = False  # whether rows are in windows rather than in raster order
         for block in range(spec.blocks):
+            if windows and split != (block not in whole):
+                split = not split
+                x = windows.split(x) if split else windows.join(x)
             name = f"v.blk.{block}"
-            inner = norm(x, f"{name}.ln1")
-            query, key, value = (linear(inner, f"{name}.attn_{part}") for part in ("q", "k", "v"))
-            attention = Attention(graph, query, key, value, spec.heads, spec.width, sizes)
+            inner = self.norm(x, f"{name}.ln1")
+            query, key, value = (self.linear(inner, f"{name}.attn_{part}") for part in ("q", "k", "v"))
+            if spec.qk_norm:
+                query = self.norm(query, f"{name}.attn_q_norm", kind="rms")
+                key = self.norm(key, f"{name}.attn_k_norm", kind="rms")
+            if rotary:
+                places = windows.places if windows and split else grid.places
+                query, key = (rotary.turned(y, places, spec.heads) for y in (query, key))
+            mask = windows.mask if windows and split else None
+            attention = Attention(graph, query, key, value, spec.heads, spec.width, sizes, mask)
             if block == key_block(spec):
-                rows = spec.class_token + math.prod(merger.grid) if variant.merges else "rows"
-                # Averaged over heads only when asked for: ONNX Runtime computes all outputs, whichever it returns.
-                graph.output(key, "keys", ("batch", rows, spec.width))
-                if spec.class_token:
-                    graph.output(attention.first_row(), "cls_attention", ("batch", spec.heads, rows))
-            x = graph.node("Add", x, linear(attention.attend(), f"{name}.attn_out"))
-            inner = graph.activation(linear(norm(x, f"{name}.ln2"), f"{name}.ffn_up"), spec.activation)
-            x = graph.node("Add", x, linear(inner, f"{name}.ffn_down"))
+                self.describe(attention, grid, merger, windows.join if windows and split else None)
+            x = self.added(x, self.linear(attention.attend(), f"{name}.attn_out"), f"{name}.ls1")
+            x = self.added(x, self.feed_forward(self.norm(x, f"{name}.ln2"), name), f"{name}.ls2")
+            if any(stack.block == block for stack in spec.deepstack):
+                stacked.append(grid.tokens(windows.join(x) if windows and split else x, spec.width, pool=spec.pool))
             if merges := [merge for merge in variant.merges if merge.block == block]:
                 x, after_each = merger.merge(x, attention.mean_key(), merges)
                 owners += after_each
                 if variant.proportional:
                     sizes = Sizes.of(graph, merger.sizes, spec.heads, spec.width)
-        graph.output(x, "features", ("batch", rows, spec.width))
+        if windows and split:
+            x = windows.join(x)
+        self.finish(x, grid, self.rows(merger), stacked)
         for number, owner in enumerate(owners):
-            graph.output(owner, f"owner_{number}", ("batch", math.prod(variant.grid or spec.grid)), TensorProto.INT64)
-        graph.save({name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads")})
+            count = math.prod(variant.grid or spec.table_grid)
+            graph.output(owner, f"owner_{number}", ("batch", count), TensorProto.INT64)
+
+    def finish(self, x: str, grid: Grid, rows: int | str, stacked: Sequence[str]) -> None:
+        """``features`` of the last block, and ``deepstack`` of those before."""
+        graph, spec = self.graph, self.spec
+        if spec.post_norm:
+            x = self.norm(x, "v.post_ln")
+        if spec.merge > 1:
+            x = grid.tokens(self.without_cls(x), spec.width, pool=spec.pool)
+        graph.output(x, "features", ("batch", rows, spec.token_width))
+        if stacked:
+            deepstack = stacked[0] if len(stacked) == 1 else graph.node("Concat", *stacked, axis=2)
+            graph.output(deepstack, "deepstack", ("batch", rows, spec.token_width * len(stacked)))
+
+    def describe(self, attention: Attention, grid: Grid, merger: Merger, join: Callable[[str], str] | None) -> None:
+        """``keys`` and ``cls_attention`` of one block."""
+        graph, spec, rows = self.graph, self.spec, self.rows(merger)
+        key = attention.key if join is None else join(attention.key)
+        if spec.merge > 1:
+            key = grid.tokens(self.without_cls(key), spec.width, pool=True)
+        # Averaged over heads only when asked for: ONNX Runtime computes all outputs, whichever it returns.
+        graph.output(key, "keys", ("batch", rows, spec.width))
+        if spec.class_token:
+            weights = attention.first_row()
+            if spec.merge > 1:
+                patches = graph.node("Slice", weights, graph.ints(1), graph.ints(_END), graph.ints(2))
+                weights = grid.sums(patches, spec.heads)
+            graph.output(weights, "cls_attention", ("batch", spec.heads, rows))
+
+    def rows(self, merger: Merger) -> int | str:
+        """How many rows the tower returns, where that is known."""
+        return self.spec.cls_rows + math.prod(merger.grid) if self.variant.merges else "rows"
+
+    def without_cls(self, x: str) -> str:
+        graph = self.graph
+        return graph.node("Slice", x, graph.ints(1), graph.ints(_END), graph.ints(1)) if self.spec.class_token else x
+
+    def norm(self, x: str, name: str, kind: str = "") -> str:
+        shape = self.weights.bias(name)
+        return self.graph.norm(x, name, self.weights(f"{name}.weight"), shape, self.spec.eps, kind or self.spec.norm)
+
+    def linear(self, x: str, name: str) -> str:
+        weight, bias = self.weights(f"{name}.weight"), self.weights.bias(name)
+        last = name.rpartition(".")[2]
+        if self.spec.rotary and self.spec.rotary.adjacent and last in ("attn_q", "attn_k"):
+            order = halves(self.spec.width, self.spec.heads)
+            weight, bias = partial(_ordered, weight, order), bias and partial(_ordered, bias, order)
+        return self.graph.linear(x, name, weight, bias, last in self.int8)
+
+    def feed_forward(self, x: str, name: str) -> str:
+        """The linears between which a block's rows are wider."""
+        up = self.linear(x, f"{name}.ffn_up")
+        if self.spec.gated:
+            gate = self.graph.activation(self.linear(x, f"{name}.ffn_gate"), self.spec.activation)
+            up = self.graph.node("Mul", gate, up)
+        else:
+            up = self.graph.activation(up, self.spec.activation)
+        return self.linear(up, f"{name}.ffn_down")
+
+    def added(self, x: str, more: str, scale: str) -> str:
+        if self.spec.layer_scale:
+            more = self.graph.node("Mul", more, self.graph.weight(scale, self.weights(f"{scale}.weight")))
+        return self.graph.node("Add", x, more)
 
 
-def _embedded(graph: Graph, spec: TowerSpec, weight: Callable[[str], Weight], size: tuple[int | str, ...]) -> str:
-    """``(B, rows, D)``: pixels to patches, with positions and the CLS row.
-
-    Patches are a convolution whose stride is its kernel. The table of positions is stretched by Keys' bicubic kernel
-    with a = -0.75, pixel centres at halves, as torch does; at the tower's own size that is the table itself.
-    """
-
-    def positions() -> Floats:
-        return weight("v.position_embd.weight")()
-
-    def table() -> Floats:
-        return np.reshape(positions()[int(spec.class_token) :].T, (1, spec.width, *spec.grid))
-
-    patch = [spec.patch_size, spec.patch_size]
-    inputs = [graph.input("pixels", ("batch", 3, *size)), graph.weight("v.patch_embd", weight("v.patch_embd.weight"))]
-    if spec.patch_bias:
-        inputs.append(graph.weight("v.patch_embd.bias", weight("v.patch_embd.bias")))
-    x = graph.node("Conv", *inputs, kernel_shape=patch, strides=patch)
-    grid = graph.node("Concat", graph.ints(1, spec.width), graph.node("Shape", x, start=2, end=4), axis=0)
-    stretched = graph.node(
-        "Resize", graph.weight("v.position_embd", table), "", "", grid, mode="cubic",
-        coordinate_transformation_mode="half_pixel", cubic_coeff_a=-0.75,
-    )  # fmt: skip
-    x = graph.node("Reshape", graph.node("Add", x, stretched), graph.ints(0, 0, -1))
-    x = graph.node("Transpose", x, perm=[0, 2, 1])
-    if not spec.class_token:
-        return x
-    lead = graph.weight("v.class_embd", lambda: (weight("v.class_embd")() + positions()[0])[None, None])
-    batch = graph.node("Concat", graph.node("Shape", x, start=0, end=1), graph.ints(1, 1), axis=0)
-    return graph.node("Concat", graph.node("Expand", lead, batch), x, axis=1)
+_END = np.iinfo(np.int64).max
 
 
-def write_projector(spec: TowerSpec, mmproj: Mmproj, path: Path) -> None:
-    """Write the graph ``rows (n, D) float32`` -> ``embeddings (n, d)``: linears with an exact GELU between them."""
-    shapes = projector_shapes(spec, mmproj)
-    with Graph(path) as graph:
-        x = graph.input("rows", ("n", spec.width))
-        for step, prefix in enumerate(spec.projector_prefixes):
-            weight, bias = (
-                partial(mmproj.tensor, name, shapes[name]) for name in (f"{prefix}.weight", f"{prefix}.bias")
-            )
-            x = graph.linear(graph.activation(x, "gelu") if step else x, prefix, weight, bias)
-        graph.output(x, "embeddings", ("n", shapes[f"{prefix}.bias"][0]))
-        graph.save()
+def halves(width: int, heads: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """For each channel of queries or keys whose rotated pairs lie half a head apart, its number where they lie side by
+    side: llama.cpp's converter stores some models so."""
+    size = width // heads
+    within = np.arange(size).reshape(size // 2, 2).T.ravel()
+    return np.asarray((np.arange(heads)[:, None] * size + within).ravel())
+
+
+def _ordered(read: Weight, order: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:
+    return read()[order]

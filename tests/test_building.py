@@ -21,7 +21,7 @@ from edge_tokcomp.export.building import ABANDONED_S, folder_aside
 from edge_tokcomp.export.check import Reference
 from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.export.tower_files import cached_tower, export_tower
-from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.families.tower_spec import TowerSpec
 from tiny_mmproj import write_mmproj
 
 BUILDER = """

@@ -93,7 +93,7 @@ def test_the_pipeline_sees_and_says_what_the_torch_model_does(
             said.append(int(model.lm.output(states[0, -1]).argmax()))
             tail = torch.cat([tail, torch.tensor([said[-1:]])], 1)
     encoded = vlm.encode(scene.image)
-    error = np.abs(encoded.rows - image[0].numpy()).max() / np.abs(image.numpy()).max()
+    error = np.abs(encoded.rows.embeddings - image[0].numpy()).max() / np.abs(image.numpy()).max()
     assert error < 5e-3  # the mmproj is F16
     text = b"".join(vlm.model.piece(token) for token in said).decode(errors="replace")
     assert vlm.answer(encoded, question, max_tokens=12).text == text.strip()

@@ -53,18 +53,18 @@ def test_the_two_files_are_small_enough_for_a_repository() -> None:
 
 def test_the_tower_equals_clip_of_transformers(vlm: VLM) -> None:
     scenes = [Image.fromarray(draw_scene((12, seed), "test").image) for seed in range(3)]
-    pixels = np.concatenate([vlm.encoder.family.preprocess(scene, vlm.encoder.spec).crops for scene in scenes])
-    spec = vlm.encoder.spec
+    pixels = np.concatenate([vlm.engine.pixels(scene).crops for scene in scenes])
+    spec = vlm.engine.spec
     clip = clip_of(tensors(DEMO_MMPROJ), spec.heads, spec.image_size, spec.patch_size)
     with torch.no_grad():
         truth = clip(torch.from_numpy(pixels), output_hidden_states=True, output_attentions=True)
     features, attention = truth.hidden_states[-2].numpy(), truth.attentions[-2][:, :, 0].numpy()
-    output = vlm.encoder.tower.encode(pixels)
+    output = vlm.engine.tower.encode(pixels)
     assert np.linalg.norm(output.features - features) <= 1e-4 * np.linalg.norm(features)
     assert output.cls_attention is not None
     assert np.linalg.norm(output.cls_attention - attention) <= 1e-4 * np.linalg.norm(attention)
     with load(precision="int8") as small:
-        rough = small.encoder.tower.encode(pixels).features
+        rough = small.engine.tower.encode(pixels).features
     cosine = (rough * features).sum(-1) / np.linalg.norm(rough, axis=-1) / np.linalg.norm(features, axis=-1)
     assert cosine.mean() >= 0.999
     assert cosine.min() >= 0.99
@@ -99,7 +99,7 @@ def test_greedy_answers_over_all_rows_equal_those_of_transformers(vlm: VLM, tmp_
             for question in ask_all(scene, np.random.default_rng(seed), vary=False):
                 before, after = chat_prompt(vlm.model, question.text, 1).tokenize(vlm.model)
                 table = lm["token_embd.weight"]
-                rows = torch.cat([table[before], torch.from_numpy(encoded.rows), table[after]])
+                rows = torch.cat([table[before], torch.from_numpy(encoded.rows.embeddings), table[after]])
                 tokens, gaps = greedy(llama, rows)
                 asked += 1
                 said = exact.answer(plain, question.text).text

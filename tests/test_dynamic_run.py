@@ -117,8 +117,8 @@ def test_a_further_question_neither_scores_nor_counts_again(
 ) -> None:
     with opened(pair, "running", method="cdpruner") as vlm:
         towers: list[int] = []
-        plain = vlm.encoder.tower.encode
-        monkeypatch.setattr(vlm.encoder.tower, "encode", lambda *a, **b: (towers.append(1), plain(*a, **b))[1])
+        plain = vlm.engine.tower.encode
+        monkeypatch.setattr(vlm.engine.tower, "encode", lambda *a, **b: (towers.append(1), plain(*a, **b))[1])
         vlm.encode(scene(0), "what is this")
         one = vlm.encode(scene(6), "what is this")
         for question in ("is it red", "is it a cat"):
@@ -156,7 +156,7 @@ def test_options_without_a_budget_to_share_are_refused_before_files_are_read(
 
 def test_a_calibration_is_stored_with_the_model_and_measured_against(pair: Pair, scores: list[float]) -> None:
     with opened(pair, None, keep=None) as vlm:
-        path = calibration_path(vlm.encoder.tower.directory)
+        path = calibration_path(vlm.engine.tower.directory)
         assert path.parent == Path(os.environ["EDGE_TOKCOMP_CACHE"])
         with pytest.raises(TokcompError, match="nothing is stored for this model; run: edge-tokcomp calibrate"):
             opened(pair, "calibrated")

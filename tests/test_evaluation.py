@@ -20,7 +20,7 @@ class Scripted:
 
     def __init__(self, method: str, keep: int | float, *, talkative: bool = False) -> None:
         self.method, self.keep, self.talkative = get_method(method), keep, talkative
-        self.name, self.encoder = "scripted", SimpleNamespace(precision="fp32")
+        self.name, self.engine = "scripted", SimpleNamespace(precision="fp32")
         self.shown, self.sharing, self.layer_steps = -1, None, ()
 
     def set_layer_steps(self, steps: tuple[()]) -> None:

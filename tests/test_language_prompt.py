@@ -73,8 +73,8 @@ def test_several_images_and_none(tmp_path: Path) -> None:
 def test_a_longer_marker_takes_the_text_around_the_image_out(tmp_path: Path) -> None:
     template = PARTS.replace("<image>", "<|im_start|><pad><|im_end|>")
     with open_with(tmp_path, template) as model:
-        inner = chat_prompt(model, "q", 1, marker="<pad>")
-        whole = chat_prompt(model, "q", 1, marker="<|im_start|><pad><|im_end|>")
+        inner = chat_prompt(model, "q", 1, ("<pad>",))
+        whole = chat_prompt(model, "q", 1, ("<|im_start|><pad><|im_end|>",))
     assert inner.pieces[0] == "<|im_start|>user\n<|im_start|>"
     assert whole.pieces[0] == "<|im_start|>user\n"
     assert inner.form == whole.form == "image parts"
@@ -82,7 +82,7 @@ def test_a_longer_marker_takes_the_text_around_the_image_out(tmp_path: Path) -> 
 
 def test_a_template_that_writes_another_mark_falls_back_visibly(tmp_path: Path) -> None:
     with open_with(tmp_path, PARTS) as model:
-        prompt = chat_prompt(model, "q", 1, marker="<other>")
+        prompt = chat_prompt(model, "q", 1, ("<other>",))
     assert prompt.form == "text parts"
     assert "'<other>' 0 times for 1 images" in prompt.reason
     assert prompt.pieces == ("<|im_start|>user\n", "\nq<|im_end|>\n<|im_start|>assistant\n")

@@ -86,7 +86,7 @@ def test_answers_are_those_of_the_numpy_model_that_drops_the_same_rows(cut: VLM,
             lead, text = (
                 cut.embedding.lookup(piece) for piece in chat_prompt(cut.model, question, 1).tokenize(cut.model)
             )
-            prompt = Prompt(lead, encoded.rows, encoded.crop, text)
+            prompt = Prompt(lead, encoded.rows.embeddings, encoded.rows.crop, text)
             tokens, layers = reference.generate(prompt, read_layer_steps(steps), ends, 8)
             said = cut.model.detokenize(np.array([t for t in tokens if t not in ends], np.int32)).strip()
             answer = cut.answer(encoded, question, **SHORT)
@@ -181,10 +181,10 @@ def test_pictures_and_their_crops_are_told_apart_and_text_is_no_picture(
     cut.answer([scene(1), scene(2)], "is the cat red", **SHORT)
     crops = [rows.crop for rows in seen if rows.crop is not None]
     assert [np.unique(crop).tolist() for crop in crops[:4]] == [[-1], [0], [-1], [1]]
-    parts = replace(cut.encode(scene(3)), parts=("left", 0, "right"))
+    parts = replace(cut.encode(scene(3)), parts=((), "left", (0,), "right", ()))
     again = cut.compress(replace(parts, method=get_method("pool")), get_method("uniform"), 9)
     before, after = (len(cut.model.tokenize(text, add_special=False, parse_special=True)) for text in ("left", "right"))
-    assert again.crop.tolist() == [-1] * before + [0] * 9 + [-1] * after
+    assert again.rows.crop.tolist() == [-1] * before + [0] * 9 + [-1] * after
 
 
 def test_other_steps_end_an_open_stream(cut: VLM) -> None:
@@ -199,9 +199,9 @@ def test_other_steps_end_an_open_stream(cut: VLM) -> None:
 def test_tokens_that_see_one_another_take_no_steps_that_read_the_question(
     cut: VLM, deep: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cut.encoder, "family", replace(cut.encoder.family, causal=False))
+    monkeypatch.setattr(cut.engine, "causal", False)
     for steps in ("fastv@1:0.5", "dart@1:0.5"):
-        with pytest.raises(UsageError, match="lets image tokens see one another"):
+        with pytest.raises(UsageError, match="image tokens see one another"):
             cut.set_layer_steps(steps)
     cut.set_layer_steps("spectrum@1:0.5")
     checked: list[str] = []

@@ -11,15 +11,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.families import family_for, family_named, llava15
-from edge_tokcomp.families.base import TowerSpec
 from edge_tokcomp.families.llava15 import Llava15
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tokens import Role
-from tiny_mmproj import MEAN, STD, write_mmproj
+from tiny_mmproj import MEAN, MLP, STD, write_mmproj
 
 SPEC = TowerSpec(
     family="llava15", image_size=336, patch_size=14, width=1024, heads=16, ffn_width=4096, blocks=23,
-    activation="quick_gelu", eps=1e-5, image_mean=tuple(MEAN), image_std=tuple(STD), projector="mlp",
-    projector_prefixes=("mm.0", "mm.2"), class_token=True, attention_block=22, pre_norm=True,
+    activation="quick_gelu", eps=1e-5, image_mean=tuple(MEAN), image_std=tuple(STD), projector=MLP,
+    class_token=True, attention_block=22, pre_norm=True,
 )  # fmt: skip
 SIZES = [(640, 480), (333, 500), (336, 336), (1, 1000), (1000, 1), (7, 5), (1, 1), (3000, 17), (337, 336)]
 
@@ -32,7 +32,7 @@ def picture(size, mode="RGB"):
 
 def read(path):
     mmproj = Mmproj(path)
-    return family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.names)
+    return family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -42,7 +42,7 @@ def test_pixels_equal_hugging_face_llava_with_padding(size, target):
     square = {"height": target, "width": target}
     theirs = LlavaImageProcessorPil(do_pad=True, size=square, do_center_crop=False, image_mean=MEAN, image_std=STD)
     wanted = theirs(image, return_tensors="np")["pixel_values"]
-    found = Llava15().preprocess(image, dataclasses.replace(SPEC, image_size=target)).crops
+    found = Llava15().preprocess(image, dataclasses.replace(SPEC, image_size=target)).crops[0][None]
     assert found.shape == (1, 3, target, target)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, atol=1e-5)
@@ -51,7 +51,7 @@ def test_pixels_equal_hugging_face_llava_with_padding(size, target):
 def test_pixels_equal_hugging_face_clip_on_a_padded_picture():
     padded = ImageOps.pad(picture((400, 400)), (400, 400))
     wanted = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336)(padded, return_tensors="np")
-    found = Llava15().preprocess(padded, SPEC).crops
+    found = Llava15().preprocess(padded, SPEC).crops[0][None]
     np.testing.assert_allclose(found, wanted["pixel_values"], atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_a_picture_for_a_smaller_grid_is_the_padded_square_resized_to_it(grid, s
     theirs = LlavaImageProcessorPil(do_pad=True, size=wanted, do_center_crop=False, image_mean=MEAN, image_std=STD)
     found = Llava15().preprocess(image, SPEC, grid)
     assert found.grids == (grid,)
-    np.testing.assert_allclose(found.crops, theirs(image, return_tensors="np")["pixel_values"], atol=1e-5)
+    np.testing.assert_allclose(found.crops[0][None], theirs(image, return_tensors="np")["pixel_values"], atol=1e-5)
 
 
 def test_the_two_passes_on_strips_equal_one_resize_of_the_square(monkeypatch):
@@ -90,7 +90,7 @@ def test_the_two_passes_on_strips_equal_one_resize_of_the_square(monkeypatch):
 
 
 def test_a_very_long_picture_is_read_and_an_endless_one_refused():
-    assert np.isfinite(Llava15().preprocess(Image.new("RGB", (1, 20_000)), SPEC).crops).all()
+    assert np.isfinite(Llava15().preprocess(Image.new("RGB", (1, 20_000)), SPEC).crops[0]).all()
     with pytest.raises(ImageError, match="65536x1"):
         Llava15().preprocess(Image.new("RGB", (65_536, 1)), SPEC)
 
@@ -102,18 +102,18 @@ def test_a_picture_of_another_mode_is_a_programming_fault():
 
 def test_layout_has_the_cls_first_and_as_many_rows_as_the_tower():
     pixels = Llava15().preprocess(picture((9, 9)), SPEC)
-    layout = Llava15().layout(pixels)
-    assert len(layout) == SPEC.rows == 577
+    layout = Llava15().layout(pixels, SPEC)
+    assert len(layout) == SPEC.patches + SPEC.cls_rows == 577
     assert layout.grids == ((24, 24),)
     assert layout.role[0] == Role.CLS
     assert len(layout.uncompressed) == 576
-    assert Llava15().prompt(pixels) == (0,)
+    assert Llava15().prompt(pixels) == ((0,),)
 
 
 def test_values_come_from_the_file(tmp_path):
     write_mmproj(tmp_path / "m.gguf", image=40, patch=10, width=32, heads=2, ffn=48, blocks=2, activation="gelu")
     spec = read(tmp_path / "m.gguf")
-    assert (spec.image_size, spec.patch_size, spec.grid, spec.rows) == (40, 10, (4, 4), 17)
+    assert (spec.image_size, spec.patch_size, spec.grid, spec.cls_rows) == (40, 10, (4, 4), 1)
     assert (spec.width, spec.heads, spec.ffn_width, spec.blocks, spec.attention_block) == (32, 2, 48, 2, 1)
     assert spec.activation == "gelu"
     assert spec.pre_norm

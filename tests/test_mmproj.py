@@ -10,7 +10,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from edge_tokcomp.errors import TokcompError
-from edge_tokcomp.export.mmproj import Mmproj, projector_shapes, tower_shapes
+from edge_tokcomp.export.mmproj import Mmproj
+from edge_tokcomp.export.shapes import projector_shapes, tower_shapes
 from edge_tokcomp.families import family_for
 from tiny_mmproj import write_mmproj
 
@@ -18,7 +19,7 @@ from tiny_mmproj import write_mmproj
 def opened(path):
     """Everything that is read of a file before memory is taken for its weights."""
     mmproj = Mmproj(path)
-    spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.names)
+    spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     mmproj.require(tower_shapes(spec) | projector_shapes(spec, mmproj))
     return mmproj, spec
 

@@ -9,13 +9,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from edge_tokcomp.families.base import Pixels, TowerSpec
+from edge_tokcomp.families.base import Pixels
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.overlay import draw_overlay
 from edge_tokcomp.tokens import Layout, Plan
+from tiny_mmproj import MLP
 
 SPEC = TowerSpec(
     family="llava15", image_size=48, patch_size=8, width=64, heads=4, ffn_width=128, blocks=3, activation="gelu",
-    eps=1e-6, image_mean=(0, 0, 0), image_std=(1, 1, 1), projector="mlp", projector_prefixes=("mm.0", "mm.2"),
+    eps=1e-6, image_mean=(0, 0, 0), image_std=(1, 1, 1), projector=MLP,
     class_token=False, attention_block=None,
 )  # fmt: skip
 PLAN = Plan(np.arange(9), np.arange(9), 36, 36)
@@ -24,7 +26,7 @@ LONG = "prunesid:" + ",".join(f"option_{number}=0.125" for number in range(12))
 
 def strip(method: str) -> NDArray[np.bool_]:
     """Where there is writing below the picture."""
-    pixels = Pixels(np.zeros((1, 3, 48, 48), np.float32), ((6, 6),))
+    pixels = Pixels((np.zeros((3, 48, 48), np.float32),), ((6, 6),), (48, 48))
     drawn = np.asarray(draw_overlay(pixels, SPEC, Layout.of_grids((6, 6)), PLAN, method))[-34:]
     return np.asarray((drawn != (24, 24, 24)).any(axis=-1))
 
@@ -44,7 +46,7 @@ def labels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_borders_run_between_what_was_merged_in_a_plan_or_in_the_tower() -> None:
-    pixels, layout = Pixels(np.zeros((1, 3, 48, 48), np.float32), ((6, 6),)), Layout.of_grids((6, 6))
+    pixels, layout = Pixels((np.zeros((3, 48, 48), np.float32),), ((6, 6),), (48, 48)), Layout.of_grids((6, 6))
     halves = np.repeat([0, 1], 18)  # the upper three rows, the lower three
     plan = Plan(np.array([7, 25]), np.array([7, 25]), 36, 36, halves, np.full(36, 1 / 18, np.float32))
     patch = 112
@@ -85,7 +87,7 @@ def test_kept_patches_are_shown_as_they_are_in_their_places_and_others_dimmed() 
     spec = replace(SPEC, image_size=64)
     light = np.random.default_rng(0).uniform(0.6, 1.0, (1, 3, 32, 64)).astype(np.float32)
     plan = Plan(np.array([1, 6, 15]), np.array([6, 15, 1]), 32, 32)
-    drawn = draw_overlay(Pixels(light, ((4, 8),)), spec, Layout.of_grids((4, 8)), plan, "pool")
+    drawn = draw_overlay(Pixels((light[0],), ((4, 8),), light.shape[2:]), spec, Layout.of_grids((4, 8)), plan, "pool")
     patch = drawn.width // 8
     whole = Image.fromarray((light[0].transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8))
     plain = np.asarray(whole.resize((8 * patch, 4 * patch), Image.Resampling.BICUBIC), np.float32)

@@ -144,8 +144,8 @@ def test_the_released_qwen_code_sorts_more_than_150_tokens(budget, sorted_):
 
 
 def test_an_overlay_shows_places_whatever_the_order(vlm: VLM):
-    spec, layout = vlm.encoder.spec, Layout.of_grids((6, 6))
-    pixels = Pixels(np.random.default_rng(0).standard_normal((1, 3, 48, 48)).astype(np.float32), ((6, 6),))
+    spec, layout = vlm.engine.spec, Layout.of_grids((6, 6))
+    pixels = Pixels((np.random.default_rng(0).standard_normal((3, 48, 48), np.float32),), ((6, 6),), (48, 48))
     tokens = image(layout)
     plans = [get_method(f"prunesid:order={order}").compress(tokens, 9) for order in ("raster", "released")]
     drawn = [draw_overlay(pixels, spec, layout, plan, "same").tobytes() for plan in plans]
@@ -158,11 +158,11 @@ def test_the_rows_of_each_crop_go_where_its_number_stands(vlm: VLM, order):
     layout = with_separators(Layout.of_grids((6, 6), (5, 6), (4, 4), cls_rows=True, overview=True), [20, 37])
     tokens = numbered(layout)
     picture = wrap_image(Pil.new("RGB", (4, 4)), max_pixels=99)
-    seen = SeenImage(picture, tokens, ("left", 2, 0, " mid", 1), {}, PLAIN, None)
+    seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, PLAIN, None)
     encoded = vlm.compress(seen, get_method(f"prunesid:order={order}"), 30)
     fed, place = tokens.rows(encoded.plan), layout.crop[encoded.plan.keep]
-    texts = [vlm.model.tokenize(text, add_special=False, parse_special=True) for text in ("left", " mid")]
-    words = [vlm.embedding.lookup(text) for text in texts]
-    expected = [words[0], fed[place == 2], fed[place == 0], words[1], fed[place == 1]]
-    assert np.array_equal(encoded.rows, np.concatenate(expected))
+    words = vlm.embedding.lookup(vlm.model.tokenize(" mid", add_special=False, parse_special=True))
+    expected = [fed[place == 2], fed[place == 0], words, fed[place == 1]]
+    assert encoded.around == ("left", "right")
+    assert np.array_equal(encoded.rows.embeddings, np.concatenate(expected))
     assert (encoded.plan.order is not None) == (order == "released")

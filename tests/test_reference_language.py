@@ -30,7 +30,7 @@ def reference(vlm):
 
 def prompt_of(vlm, encoded, question: str) -> Prompt:
     lead, text = (vlm.embedding.lookup(piece) for piece in chat_prompt(vlm.model, question, 1).tokenize(vlm.model))
-    return Prompt(lead, encoded.rows, np.zeros(len(encoded.rows), np.int64), text)
+    return Prompt(lead, encoded.rows.embeddings, np.zeros(len(encoded.rows), np.int64), text)
 
 
 def said(vlm, tokens: list[int]) -> str:

@@ -19,9 +19,9 @@ from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.export.reference import reference_projector, reference_tower
 from edge_tokcomp.export.tower_files import cache_directory, cached_tower, export_tower
 from edge_tokcomp.export.vit import write_projector, write_tower
-from edge_tokcomp.families.base import TowerSpec
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Tower
-from tiny_mmproj import write_mmproj
+from tiny_mmproj import MLP, write_mmproj
 
 
 def pictures(count, size, seed=1):
@@ -140,7 +140,7 @@ def test_int8_that_is_never_close_is_refused(tmp_path, tiny, monkeypatch):
 
 def test_reference_equals_transformers(tiny):
     mmproj = Mmproj(tiny.path)
-    spec = tower_files.family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.names)
+    spec = tower_files.family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     features, attention = by_transformers(tiny, pictures(2, 48))
     found = reference_tower(spec, mmproj, pictures(2, 48))
     assert error(found.features, features) <= 1e-5
@@ -162,8 +162,8 @@ def test_a_tower_without_cls_equals_the_reference(tmp_path, silu):
     mmproj = Mmproj(path)
     spec = TowerSpec(
         family="llava15", image_size=48, patch_size=8, width=64, heads=4, ffn_width=128, blocks=3,
-        activation="silu" if silu else "gelu", eps=1e-6, image_mean=(0, 0, 0), image_std=(1, 1, 1), projector="mlp",
-        projector_prefixes=("mm.0", "mm.2"), class_token=False, attention_block=None,
+        activation="silu" if silu else "gelu", eps=1e-6, image_mean=(0, 0, 0), image_std=(1, 1, 1), projector=MLP,
+        class_token=False, attention_block=None,
     )  # fmt: skip
     write_tower(spec, mmproj, tmp_path / "tower.onnx")
     write_projector(spec, mmproj, tmp_path / "projector.onnx")
@@ -302,7 +302,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path, tiny):
 
 def test_a_tower_knows_its_shapes(tower):
     assert tower.image_size == (48, 48)
-    assert (tower.patch_size, tower.width, tower.language_width) == (8, 64, 96)
+    assert (tower.unit, tower.width, tower.language_width) == (8, 64, 96)
     assert tower.provider == "cpu"
     assert tower.provider_reason == "cpu: asked for"
 

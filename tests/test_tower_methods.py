@@ -79,16 +79,16 @@ def test_what_the_tower_gives_is_what_is_kept_and_counts_are_of_the_whole_pictur
     assert encoded.plan.before == 576
     assert len(encoded.plan) == len(encoded.rows) == left
     assert encoded.tokens.layout.grids == (grid,)
-    assert encoded.tokens.embeddings.shape == (left + 1, encoded.rows.shape[1])
-    np.testing.assert_array_equal(encoded.rows, encoded.tokens.embeddings[1:])
+    assert encoded.tokens.embeddings.shape == (left + 1, encoded.rows.embeddings.shape[1])
+    np.testing.assert_array_equal(encoded.rows.embeddings, encoded.tokens.embeddings[1:])
     assert vlm.answer(encoded, max_tokens=4).tokens_after == left
 
 
 def test_rows_are_those_of_the_tower_run_that_way(vlm):
-    seen, spec = vlm.see(SAMPLE), vlm.encoder.spec
-    small = vlm.encoder.family.preprocess(seen.image.picture, spec, (8, 8))
+    seen, spec = vlm.see(SAMPLE), vlm.engine.spec
+    small = vlm.engine.family.preprocess(seen.image.picture, spec, (8, 8))
     found = vlm.compress(seen, get_method("resolution"), 64).tokens
-    np.testing.assert_array_equal(found.features, vlm.encoder.tower.encode(small.crops).features[0])
+    np.testing.assert_array_equal(found.features, vlm.engine.tower.encode(np.stack(small.crops)).features[0])
     merged = vlm.compress(seen, get_method("luvc"), 64)
     assert merged.variant == get_method("luvc").variant(64, spec.grid, spec.blocks)
     assert np.bincount(merged.owner[0], minlength=64).sum() == 576
@@ -107,18 +107,18 @@ def test_going_back_to_another_method_runs_the_tower_again(vlm):
     merged = vlm.compress(vlm.see(SAMPLE), get_method("luvc"), 64)
     again = vlm.compress(merged, get_method("mosaic"), 64)
     assert again.variant == PLAIN
-    np.testing.assert_array_equal(again.rows, vlm.encode(SAMPLE).rows)
+    np.testing.assert_array_equal(again.rows.embeddings, vlm.encode(SAMPLE).rows.embeddings)
 
 
 def test_a_model_loaded_for_a_method_in_the_tower_opens_no_other_tower():
     with load(method="luvc", keep=100, threads=1) as model:
         encoded = model.encode(SAMPLE)
-        assert list(model.encoder._towers) == [encoded.variant]
+        assert list(model.engine._towers) == [encoded.variant]
         assert str(encoded.plan) == "576 → 100 (17.4 %)"
         assert model.caption(encoded).startswith("At the ")
     with load(method="resolution", keep=100, threads=1) as model:
         assert model.encode(SAMPLE).variant == TowerVariant(grid=(10, 10))
-        assert list(model.encoder._towers) == [PLAIN]
+        assert list(model.engine._towers) == [PLAIN]
 
 
 def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
@@ -130,8 +130,8 @@ def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
 
 def test_keys_of_the_tower_reach_the_methods(vlm):
     seen = vlm.see(SAMPLE)
-    keys = vlm.encoder.tower.encode(
-        vlm.encoder.family.preprocess(seen.image.picture, vlm.encoder.spec).crops, want={"keys"}
+    keys = vlm.engine.tower.encode(
+        np.stack(vlm.engine.pixels(seen.image.picture).crops), want={"keys"}
     ).keys
     np.testing.assert_array_equal(seen.tokens.keys, keys[0])
 
@@ -143,13 +143,13 @@ def test_what_was_seen_otherwise_is_seen_again_and_its_score_is_that_of_the_plai
         assert small.claim(SAMPLE) == vlm.claim(SAMPLE).__class__(vlm.claim(SAMPLE).information, 144, 0, 576)
         assert vlm.see(seen).variant == PLAIN
         assert vlm.encode(seen).plan.before == 576
-        np.testing.assert_array_equal(vlm.encode(seen).rows, vlm.encode(SAMPLE).rows)
+        np.testing.assert_array_equal(vlm.encode(seen).rows.embeddings, vlm.encode(SAMPLE).rows.embeddings)
         assert vlm.see(seen).timings_ms["decode"] == seen.timings_ms["decode"]
 
 
 def test_context_and_dry_runs_count_the_rows_that_are_really_kept(vlm):
     for method, keep, rows in (("resolution", 255, 240), ("luvc", 128, 121), ("none", 1.0, 576), ("mosaic", 0.5, 288)):
-        assert vlm.encoder.kept(get_method(method), keep) == rows
+        assert vlm.engine.kept(get_method(method), keep) == rows
     with load(method="resolution", keep=255, n_ctx=256, threads=1) as small:
         assert small.answer(SAMPLE, max_tokens=2).tokens_after == 240
 
@@ -158,7 +158,7 @@ def test_opening_a_tower_is_no_part_of_encoding_and_few_stay_open(vlm):
     seen = vlm.see(SAMPLE)
     for keep in (36, 49, 81, 121):
         vlm.compress(seen, get_method("luvc"), keep)
-        assert len(vlm.encoder._towers) <= 2
+        assert len(vlm.engine._towers) <= 2
     found = vlm.compress(seen, get_method("luvc"), 36).timings_ms
     assert found["encode"] < 20 * seen.timings_ms["encode"]
     assert found["decode"] == seen.timings_ms["decode"]

@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Path:
     with Graph(tmp_path / "tower.onnx") as graph:
         pixels = graph.input("pixels", ("batch", 3, 2, 2))
         graph.output(graph.node("Reshape", pixels, graph.ints(-1, 5, 3)), "features", ("batch", 5, 3))
-        graph.save({"image_size": "2", "patch_size": "1", "heads": "1"})
+        graph.save({"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1"})
     with Graph(tmp_path / "projector.onnx") as graph:
         rows = graph.input("rows", ("n", 3))
         graph.output(graph.node("Mul", rows, rows), "embeddings", ("n", 3))

@@ -52,7 +52,7 @@ def by_hand(vlm: VLM, images: list[NDArray[np.uint8]], question: str, max_tokens
         parts = [rows_of("USER: ", True)]
         for number, image in enumerate(images):
             tail = "\n" if number + 1 < len(images) else f"\n{question} ASSISTANT:"
-            parts += [vlm.encode(image).rows, rows_of(tail, False)]
+            parts += [vlm.encode(image).rows.embeddings, rows_of(tail, False)]
         rows = np.concatenate(parts)
         prompt = Rows(rows, np.arange(len(rows), dtype=np.int32))
         return generate(decoder, model, embedding, [prompt], max_tokens=max_tokens).text().strip()
@@ -229,7 +229,7 @@ def test_only_the_kept_tokens_enter_the_language_model(pair: Pair, vlm: VLM) -> 
         assert answer.prompt_tokens == whole.prompt_tokens - 27
         assert answer.text == by_hand(small, [scene()], "what is this")
         every = vlm.encode(scene())
-        assert np.abs(encoded.rows - every.tokens.embeddings[encoded.plan.keep]).max() < 1e-4
+        assert np.abs(encoded.rows.embeddings - every.tokens.embeddings[encoded.plan.keep]).max() < 1e-4
         again = vlm.compress(every, get_method("prunesid"), 9)
         assert vlm.ask(again, "what is this", **SHORT) == answer.text
 
@@ -374,7 +374,7 @@ def test_one_thread_budget_reaches_all_three_libraries(pair: Pair, monkeypatch: 
         asked.clear()
         with load(pair.lm, pair.mmproj, threads=threads, provider="cpu", method=answering(watching), keep=9) as vlm:
             vlm.caption(scene(), **SHORT)
-            graphs = (vlm.encoder.tower._tower, vlm.encoder.tower._projector)
+            graphs = (vlm.engine.tower._tower, vlm.engine.tower._projector)
             assert {graph.get_session_options().intra_op_num_threads for graph in graphs} == {threads}
         assert set(blas) == {min(threads, available_cores())}
         assert set(asked) == {(threads, threads)}

@@ -19,7 +19,9 @@ from gguf.quants import dequantize, quantize
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from by_transformers import clip_names
+from edge_tokcomp.families.tower_spec import Step
 
+MLP = (Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2"))
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from edge_tokcomp.errors import TokcompError
-from edge_tokcomp.families.base import Family, Metadata, Pixels, TowerSpec, projector_type
+from edge_tokcomp.families.base import Family, Metadata, Part, Pixels, projector_type
 from edge_tokcomp.families.llava15 import Llava15
+from edge_tokcomp.families.qwenvl import Qwen2VL, Qwen3VL, Qwen25VL
+from edge_tokcomp.families.tower_spec import TowerSpec
 
-__all__ = ["FAMILIES", "Family", "Pixels", "TowerSpec", "family_for", "family_named"]
+__all__ = ["FAMILIES", "Family", "Part", "Pixels", "TowerSpec", "family_for", "family_named"]
 
-FAMILIES: tuple[Family, ...] = (Llava15(),)
+FAMILIES: tuple[Family, ...] = (Llava15(), Qwen2VL(), Qwen25VL(), Qwen3VL())
 
 
 def family_for(metadata: Metadata) -> Family:

@@ -1,139 +1,46 @@
-"""What a family of vision-language models is: preprocessing, layout, marker text and the tower's recipe.
-
-``TowerSpec`` describes a vision transformer completely enough to rebuild it from an mmproj GGUF's tensors and to feed
-it pictures; the exporter writes it beside the ONNX files, so that nothing has to be asked of the GGUF again.
-"""
+"""What a family of vision-language models is: preprocessing, layout, marker text and the tower's recipe."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tokens import Layout
 
 Metadata = Mapping[str, Any]
 """A GGUF's key-value pairs as plain Python values."""
 
-Activation = Literal["quick_gelu", "gelu", "silu"]
-Projector = Literal["mlp"]
+TensorShapes = Mapping[str, tuple[int, ...]]
+"""A GGUF's tensors by name: their shapes, slowest axis first."""
 
-
-@dataclass(frozen=True)
-class TowerSpec:
-    """A vision transformer and the preprocessing it was trained with.
-
-    ``image_size``, ``patch_size``: pixels. ``width``: D. ``blocks``: how many are run; the features are the output of
-    the last of them. ``class_token``: row 0 is the CLS row. ``attention_block``: the block whose CLS attention is an
-    output (None without a CLS). ``patch_bias``, ``pre_norm``: whether the patch embedding has a bias and whether a
-    LayerNorm stands before the first block. ``projector_prefixes``: the projector's tensors, in order. ``image_mean``,
-    ``image_std``: of the three channels, pixels scaled to 0..1.
-
-    Raises ``TokcompError`` when the values cannot describe a tower: they come from files.
-    """
-
-    family: str
-    image_size: int
-    patch_size: int
-    width: int
-    heads: int
-    ffn_width: int
-    blocks: int
-    activation: Activation
-    eps: float
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-    projector: Projector
-    projector_prefixes: tuple[str, ...]
-    class_token: bool
-    attention_block: int | None
-    patch_bias: bool = False
-    pre_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise TokcompError(f"{name} {value!r} is not an integer within 1..{most}; is the file damaged?")
-        if self.patch_size > self.image_size:
-            raise TokcompError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
-        if self.width % self.heads:
-            raise TokcompError(f"width {self.width} is not a multiple of its {self.heads} heads")
-        if self.activation not in get_args(Activation):
-            raise TokcompError(f"activation {self.activation!r} is none of {', '.join(get_args(Activation))}")
-        if self.projector not in get_args(Projector):
-            raise TokcompError(f"projector {self.projector!r} is none of {', '.join(get_args(Projector))}")
-        if not 0 < self.eps < 1:
-            raise TokcompError(f"layer norm epsilon {self.eps!r} is not within 0..1")
-        if len(self.image_mean) != 3 or not all(map(math.isfinite, self.image_mean)):
-            raise TokcompError(f"image_mean {self.image_mean!r} is not three finite numbers")
-        if len(self.image_std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.image_std):
-            raise TokcompError(f"image_std {self.image_std!r} is not three positive numbers")
-        if (self.attention_block is None) == self.class_token:
-            raise TokcompError("a CLS attention block goes with a class token, and only with one")
-        if self.attention_block is not None and not 0 <= self.attention_block < self.blocks:
-            raise TokcompError(f"attention_block {self.attention_block} is not within 0..{self.blocks - 1}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patch rows and columns of one crop; a remainder of the picture is left out."""
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def patches(self) -> int:
-        """N, the patches of one crop."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def rows(self) -> int:
-        """Rows the tower returns for one crop: N, and 1 for the CLS."""
-        return self.patches + self.class_token
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TowerSpec:
-        """The reverse of ``to_dict``; raises ``TokcompError`` for missing, unknown or impossible values."""
-        try:
-            lists = {name: tuple(values[name]) for name in ("image_mean", "image_std", "projector_prefixes")}
-            return cls(**{**values, **lists})
-        except (KeyError, TypeError) as fault:
-            raise TokcompError(f"not a tower description ({fault}); export the tower again") from fault
-
-
-_LARGEST = {
-    "image_size": 8192,
-    "patch_size": 8192,
-    "width": 65_536,
-    "heads": 4096,
-    "ffn_width": 1 << 20,
-    "blocks": 1024,
-}
+Part = str | tuple[int, ...]
+"""Text around or between the crops of a picture, or the crops whose rows stand here, in the layout's order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
     """One picture made ready for the tower.
 
-    ``crops (C, 3, H, W) float32``: normalised. ``grids``: patch rows and columns of each crop.
+    ``crops``: each ``(3, H, W) float32``, normalised. ``grids``: rows and columns of tokens of each crop. ``tiles``:
+    rows and columns of crops that make up the picture, where it was cut. ``size``: height and width of the picture.
     """
 
-    crops: NDArray[np.float32]
+    crops: tuple[NDArray[np.float32], ...]
     grids: tuple[tuple[int, int], ...]
+    size: tuple[int, int]
+    tiles: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        if self.crops.ndim != 4 or self.crops.shape[1] != 3 or self.crops.dtype != np.float32:
-            raise ValueError(f"crops must be (C, 3, H, W) float32, got {self.crops.shape} {self.crops.dtype}")
+        for crop in self.crops:
+            if crop.ndim != 3 or crop.shape[0] != 3 or crop.dtype != np.float32:
+                raise ValueError(f"crops must be (3, H, W) float32, got {crop.shape} {crop.dtype}")
         if len(self.grids) != len(self.crops):
             raise ValueError(f"{len(self.crops)} crops need as many grids, got {len(self.grids)}")
 
@@ -149,23 +56,32 @@ class Family(Protocol):
     def causal(self) -> bool:
         """Whether image rows attend only to what stands before them."""
 
+    @property
+    def positions(self) -> Literal["line", "grid"]:
+        """Whether rows are counted on as text is, or lie at their row and column of the one crop (M-RoPE)."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What chat templates of the family write for an image; the first is written where a template takes none."""
+
     def matches(self, metadata: Metadata) -> bool:
         """Whether an mmproj with this metadata belongs to the family."""
 
-    def spec(self, metadata: Metadata, tensor_names: Collection[str]) -> TowerSpec:
-        """The tower in an mmproj; raises ``TokcompError`` when the file cannot be of this family."""
+    def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
+        """The tower in an mmproj of tensors of such ``shapes``; raises ``TokcompError`` when the file cannot be of this family."""
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
-        """An RGB picture as the tower wants it, its crops of ``grid`` patches where that is given.
+        """An RGB picture as the tower wants it, its crops of ``grid`` tokens where that is given.
 
-        Raises ``ImageError`` for one that cannot be made to fit.
+        Raises ``ImageError`` for one that cannot be made to fit, ``UsageError`` for a ``grid`` where the family sizes
+        pictures itself.
         """
 
-    def layout(self, pixels: Pixels) -> Layout:
-        """Where the rows lie that the tower returns for ``pixels``."""
+    def layout(self, pixels: Pixels, spec: TowerSpec) -> Layout:
+        """Where the rows lie that the tower returns for ``pixels``, in the order in which they are fed."""
 
-    def prompt(self, pixels: Pixels) -> tuple[str | int, ...]:
-        """What stands in the prompt for the image: marker text, and crop numbers where a crop's rows go."""
+    def prompt(self, pixels: Pixels) -> tuple[Part, ...]:
+        """What stands in the prompt for the image."""
 
 
 def projector_type(metadata: Metadata) -> str:
@@ -187,6 +103,20 @@ def read_integer(metadata: Metadata, key: str) -> int:
             f"{key} is {'missing' if value is None else f'{value!r}, not an integer'}; convert the model again"
         )
     return value
+
+
+def read_blocks(metadata: Metadata, shapes: TensorShapes) -> int:
+    """``block_count``; raises ``TokcompError`` unless the file holds that many blocks."""
+    blocks = read_integer(metadata, "clip.vision.block_count")
+    check_blocks(blocks, shapes)
+    return blocks
+
+
+def check_blocks(blocks: int, shapes: TensorShapes) -> None:
+    """Raise ``TokcompError`` unless the file holds blocks 0 to ``blocks - 1``."""
+    present = sum(f"v.blk.{n}.ln1.weight" in shapes for n in range(min(blocks, len(shapes))))
+    if blocks != present:
+        raise TokcompError(f"features come after {blocks} blocks, the file holds {present}; convert the model again")
 
 
 def read_number(metadata: Metadata, key: str) -> float:

@@ -18,23 +18,25 @@ are not run; a count beyond the blocks present is an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.families.base import (
-    Activation,
     Metadata,
+    Part,
     Pixels,
-    TowerSpec,
+    TensorShapes,
+    check_blocks,
     projector_type,
     read_integer,
     read_number,
     read_three,
 )
+from edge_tokcomp.families.tower_spec import Activation, Step, TowerSpec
 from edge_tokcomp.tokens import Layout
 
 LONGEST_SIDE = 65_535
@@ -49,24 +51,22 @@ class Llava15:
 
     name: str = "llava15"
     causal: bool = True
+    positions: Literal["line", "grid"] = "line"
+    markers: tuple[str, ...] = ("<image>",)
 
     def matches(self, metadata: Metadata) -> bool:
         # LLaVA-1.6 is an mlp file too, but one picture is several crops there.
         return projector_type(metadata) == "mlp" and "clip.vision.image_grid_pinpoints" not in metadata
 
-    def spec(self, metadata: Metadata, tensor_names: Collection[str]) -> TowerSpec:
-        if "v.class_embd" not in tensor_names:
+    def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
+        if "v.class_embd" not in shapes:
             raise TokcompError(
                 "no class token (v.class_embd), so its tower is not CLIP; LLaVA with another tower is not supported"
             )
-        if "mm.2.weight" not in tensor_names:
+        if "mm.2.weight" not in shapes:
             raise TokcompError("no mm.2.weight, so its projector is not LLaVA-1.5's two-layer MLP and is not supported")
         blocks = _feature_layer(metadata)
-        present = sum(f"v.blk.{n}.ln1.weight" in tensor_names for n in range(min(blocks, len(tensor_names))))
-        if blocks != present:
-            raise TokcompError(
-                f"features come after {blocks} blocks, the file holds {present}; convert the model again"
-            )
+        check_blocks(blocks, shapes)
         return TowerSpec(
             family=self.name,
             image_size=read_integer(metadata, "clip.vision.image_size"),
@@ -79,12 +79,11 @@ class Llava15:
             eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
             image_mean=read_three(metadata, "clip.vision.image_mean"),
             image_std=read_three(metadata, "clip.vision.image_std"),
-            projector="mlp",
-            projector_prefixes=("mm.0", "mm.2"),
+            projector=(Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
             class_token=True,
             attention_block=blocks - 1,
-            patch_bias="v.patch_embd.bias" in tensor_names,
-            pre_norm="v.pre_ln.weight" in tensor_names,
+            patch_bias="v.patch_embd.bias" in shapes,
+            pre_norm="v.pre_ln.weight" in shapes,
         )
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
@@ -93,13 +92,14 @@ class Llava15:
             size = (grid[1] * spec.patch_size, grid[0] * spec.patch_size)
         square = np.asarray(_pad_and_resize(image, spec, size), dtype=np.float32) / 255
         normal = (square - np.array(spec.image_mean, np.float32)) / np.array(spec.image_std, np.float32)
-        return Pixels(np.ascontiguousarray(normal.transpose(2, 0, 1))[None], (grid or spec.grid,))
+        crop = np.ascontiguousarray(normal.transpose(2, 0, 1))
+        return Pixels((crop,), (grid or spec.grid,), (image.height, image.width))
 
-    def layout(self, pixels: Pixels) -> Layout:
+    def layout(self, pixels: Pixels, spec: TowerSpec) -> Layout:
         return Layout.of_grids(*pixels.grids, cls_rows=True)
 
-    def prompt(self, pixels: Pixels) -> tuple[str | int, ...]:
-        return (0,)
+    def prompt(self, pixels: Pixels) -> tuple[Part, ...]:
+        return ((0,),)
 
 
 def _feature_layer(metadata: Metadata) -> int:

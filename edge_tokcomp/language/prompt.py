@@ -7,8 +7,8 @@ Each form is tried in that order, and the first whose output holds question and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,14 @@ class ChatPrompt:
     reason: str
     question: str = ""
 
+    def around(self, texts: Sequence[tuple[str, str]]) -> ChatPrompt:
+        """The same with text right before and after each image, which is read as one with what stands there."""
+        pieces = list(self.pieces)
+        for number, (before, after) in enumerate(texts):
+            pieces[number] += before
+            pieces[number + 1] = after + pieces[number + 1]
+        return replace(self, pieces=tuple(pieces))
+
     def tokenize(self, model: LanguageModel) -> list[NDArray[np.int32]]:
         """Token ids of each piece ``(n,) int32``; BOS once, at the start, where the model is configured for it."""
         bos = model.bos_text
@@ -58,24 +66,30 @@ class ChatPrompt:
         return model.tokenize(piece, add_special=add_special, parse_special=True)
 
 
-def chat_prompt(model: LanguageModel, question: str, n_images: int, marker: str = "<image>") -> ChatPrompt:
+def chat_prompt(
+    model: LanguageModel, question: str, n_images: int, markers: Sequence[str] = ("<image>",)
+) -> ChatPrompt:
     """Write the user's turn, images first, and the start of the answer; the result is split at the images.
 
-    ``marker``: what the model's template writes for an image (``<image>``, ``<|image_pad|>``,
-    ``<start_of_image>``); it is taken out of the text. A file without a template gets the form of LLaVA-1.5.
+    ``markers``: what the model's template may write for an image (``<image>``, ``<|image_pad|>``,
+    ``<start_of_image>``); it is taken out of the text. The first is put there where the template takes no image. A file
+    without a template gets the form of LLaVA-1.5.
 
-    Raises ``UsageError`` when the question holds the marker, ``TokcompError`` when the template fails in every form.
+    Raises ``UsageError`` when the question holds a marker, ``TokcompError`` when the template fails in every form.
     """
-    if n_images < 0 or not marker:
-        raise ValueError(f"n_images {n_images} must be 0 or more and marker {marker!r} not empty")
-    if marker in question:
-        raise UsageError(f"the question contains {marker!r}, which stands for an image; write it differently")
+    if n_images < 0 or not all(markers) or not markers:
+        raise ValueError(f"n_images {n_images} must be 0 or more and no marker of {markers!r} empty")
+    for marker in markers:
+        if marker in question:
+            raise UsageError(f"the question contains {marker!r}, which stands for an image; write it differently")
     if not model.chat_template:
-        text = f"USER: {_marked(question, n_images, marker)} ASSISTANT:"
-        return _split(text, marker, "vicuna", "the model file has no chat template; LLaVA-1.5's form is used", question)
+        text = f"USER: {_marked(question, n_images, markers[0])} ASSISTANT:"
+        reason = "the model file has no chat template; LLaVA-1.5's form is used"
+        return _split(text, markers[0], "vicuna", reason, question)
     faults: list[str] = []
-    for form, content in _forms(question, n_images, marker):
+    for form, content in _forms(question, n_images, markers[0]):
         text, fault = _render(model, content)
+        marker = next((marker for marker in markers if marker in text), markers[0])
         fault = fault or _fault(text, question, n_images, marker)
         if not fault:
             reason = "; ".join(faults) or "the model file's chat template takes it"

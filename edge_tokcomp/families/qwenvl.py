@@ -1,0 +1,157 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size as one crop, rows at their row and column (M-RoPE).
+
+A picture is resized in proportion to multiples of two patches; each square of four patches becomes a token. Files do
+not say how small and large pictures may get: the smallest is that of the Hugging Face checkpoints, the largest 4096
+tokens, llama.cpp's. (Their processors allow 16 384, minutes of prefill on the machines meant here.)
+
+**Towers.** A still picture passes both convolutions of a pair of frames. Qwen2-VL and 2.5 have rotary positions only,
+Qwen3-VL a learned table as well, stretched with its corners in place. Qwen2.5-VL attends within windows of 112 pixels
+but for every ``n_wa_pattern``-th block, its norms are RMS norms and its feed-forward is gated. Files call the norm of
+the merger ``v.post_ln``: it comes before patches are joined. What they say of the feed-forward's width is wrong for
+Qwen2-VL; the tensor tells.
+
+**Deepstack.** Qwen3-VL feeds features of three blocks on the way into the first layers of the language model, where
+llama.cpp takes them as further columns of each row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from edge_tokcomp.errors import ImageError, TokcompError, UsageError
+from edge_tokcomp.families.base import (
+    Metadata,
+    Part,
+    Pixels,
+    TensorShapes,
+    projector_type,
+    read_blocks,
+    read_integer,
+    read_number,
+    read_three,
+)
+from edge_tokcomp.families.pictures import BICUBIC, check_picture, fit_area, normalised, resized
+from edge_tokcomp.families.tower_spec import Deepstack, Limits, Rotary, Step, TowerSpec, Window
+from edge_tokcomp.tokens import Layout
+
+_MOST_TOKENS = 4096
+_WINDOW_PIXELS = 112
+_MOST_STRETCHED = 200
+"""Times that one side may be as long as the other; beyond, the Hugging Face processor refuses."""
+
+
+@dataclass(frozen=True)
+class QwenVL:
+    """What the three have in common; ``projector``: how their files call themselves."""
+
+    name: str
+    projector: str
+    least_tokens: int
+    causal: bool = True
+    positions: Literal["line", "grid"] = "grid"
+    markers: tuple[str, ...] = ("<|image_pad|>",)
+
+    def matches(self, metadata: Metadata) -> bool:
+        return projector_type(metadata) == self.projector
+
+    def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
+        blocks = read_blocks(metadata, shapes)
+        patch = read_integer(metadata, "clip.vision.patch_size")
+        merge = int(metadata.get("clip.vision.spatial_merge_size", 2))
+        unit = (patch * merge) ** 2
+        values: dict[str, Any] = {
+            "family": self.name, "image_size": read_integer(metadata, "clip.vision.image_size"), "patch_size": patch,
+            "width": read_integer(metadata, "clip.vision.embedding_length"),
+            "heads": read_integer(metadata, "clip.vision.attention.head_count"),
+            "ffn_width": shapes.get("v.blk.0.ffn_up.bias", (0,))[0], "blocks": blocks, "activation": "quick_gelu",
+            "eps": read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
+            "image_mean": read_three(metadata, "clip.vision.image_mean"),
+            "image_std": read_three(metadata, "clip.vision.image_std"),
+            "projector": (Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
+            "class_token": False, "attention_block": None, "dynamic": True, "patch_slices": 2,
+            "patch_bias": "v.patch_embd.bias" in shapes, "post_norm": True, "positions": None, "rotary": Rotary(),
+            "merge": merge,
+            "limits": Limits(
+                int(metadata.get("clip.vision.image_min_pixels", self.least_tokens * unit)),
+                int(metadata.get("clip.vision.image_max_pixels", _MOST_TOKENS * unit)),
+            ),
+        }  # fmt: skip
+        return TowerSpec(**values | self.own(metadata, patch * merge, blocks))
+
+    def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
+        """What of the spec is the model's own."""
+        return {}
+
+    def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
+        check_picture(image)
+        if grid is not None:
+            raise UsageError(f"{self.name} sizes pictures itself; choose another method than a lower resolution")
+        if max(image.size) > _MOST_STRETCHED * min(image.size):
+            raise ImageError(
+                f"picture of {image.width}x{image.height} pixels: {self.name} takes one side to be at most "
+                f"{_MOST_STRETCHED} times the other; cut it"
+            )
+        if spec.limits.min_pixels is None or spec.limits.max_pixels is None:
+            raise ValueError("a spec without limits of pixels")
+        height, width = fit_area(image.height, image.width, spec.unit, spec.limits.min_pixels, spec.limits.max_pixels)
+        crop = normalised(resized(image, height, width, BICUBIC), spec)
+        return Pixels((crop,), ((height // spec.unit, width // spec.unit),), (image.height, image.width))
+
+    def layout(self, pixels: Pixels, spec: TowerSpec) -> Layout:
+        return Layout.of_grids(*pixels.grids)
+
+    def prompt(self, pixels: Pixels) -> tuple[Part, ...]:
+        return ((0,),)
+
+
+@dataclass(frozen=True)
+class Qwen2VL(QwenVL):
+    """See the module's text."""
+
+    name: str = "qwen2vl"
+    projector: str = "qwen2vl_merger"
+    least_tokens: int = 4
+
+
+@dataclass(frozen=True)
+class Qwen25VL(QwenVL):
+    """See the module's text."""
+
+    name: str = "qwen2.5vl"
+    projector: str = "qwen2.5vl_merger"
+    least_tokens: int = 4
+
+    def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
+        every = read_integer(metadata, "clip.vision.n_wa_pattern")
+        side = int(metadata.get("clip.vision.window_size", _WINDOW_PIXELS)) // unit
+        if every < 1 or side < 1:
+            raise TokcompError(f"n_wa_pattern {every} with windows of {side} tokens is not possible; convert it again")
+        return {
+            "activation": "silu", "norm": "rms", "gated": True,
+            "window": Window(side, tuple(range(every - 1, blocks, every))),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Qwen3VL(QwenVL):
+    """See the module's text."""
+
+    name: str = "qwen3vl"
+    projector: str = "qwen3vl_merger"
+    least_tokens: int = 64
+
+    def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
+        levels = metadata.get("clip.vision.is_deepstack_layers", [])
+        if not isinstance(levels, list) or len(levels) > blocks:
+            raise TokcompError(f"clip.vision.is_deepstack_layers {levels!r} does not say which of {blocks} blocks")
+        eps = read_number(metadata, "clip.vision.attention.layer_norm_epsilon")
+
+        def merger(prefix: str) -> tuple[Step, ...]:
+            norm = Step("layer_norm", f"{prefix}.norm", eps=eps)
+            return norm, Step("linear", f"{prefix}.fc1"), Step("gelu"), Step("linear", f"{prefix}.fc2")
+
+        deepstack = tuple(Deepstack(block, merger(f"v.deepstack.{block}")) for block, on in enumerate(levels) if on)
+        return {"activation": "gelu_tanh", "positions": "corners", "deepstack": deepstack}

@@ -1,0 +1,148 @@
+"""Pictures to vision tokens by a family's preprocessing and its tower on ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pil
+
+from .answers import Look
+from .budget import tokens_to_keep
+from .families import family_named
+from .families.base import Pixels
+from .methods import Method, TowerMethod
+from .tokens import Layout, Role, VisionTokens
+from .tower import Provider, Tower, TowerOutput
+from .variant import PLAIN, TowerVariant
+
+Floats = NDArray[np.float32]
+
+
+class TowerEngine:
+    """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it under a method.
+
+    ``directory``: of the exported tower, run plainly. ``reason``: where it runs and why.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self, mmproj: Path, *, precision: Literal["fp32", "int8"], provider: Provider, threads: int, method: Method,
+        keep: int | float,
+    ) -> None:  # fmt: skip
+        from .export.tower_files import cached_tower
+
+        self.precision, self.threads = precision, threads
+        self._mmproj, self._provider = mmproj, provider
+        self._towers: dict[TowerVariant, Tower] = {}
+        self._plain = cached_tower(mmproj, precision, threads=threads)
+        self.spec, self.directory = self._plain.spec, self._plain.directory
+        self.family = family_named(self.spec.family)
+        self.causal, self.positions, self.markers = self.family.causal, self.family.positions, self.family.markers
+        self.tower = self._tower(self.variant(method, keep))
+        self.row_width, self.reason = self.tower.language_width, self.tower.provider_reason
+
+    @property
+    def crop_tokens(self) -> int:
+        """Tokens of one crop of the size the tower was made for."""
+        return int(self.spec.patches)
+
+    def variant(self, method: Method, keep: int | float) -> TowerVariant:
+        """How the tower is to be run for ``method``."""
+        wanted = tokens_to_keep(keep, self.spec.patches)
+        if not isinstance(method, TowerMethod) or wanted == self.spec.patches:
+            return PLAIN
+        return method.variant(wanted, self.spec.grid, self.spec.blocks)
+
+    def kept(self, method: Method, keep: int | float) -> int:
+        """Rows of one crop that enter the language model under ``method``."""
+        variant = self.variant(method, keep)
+        if variant != PLAIN:
+            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks))
+        return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
+
+    def pixels(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Pixels:
+        """``picture`` as the tower wants it."""
+        return self.family.preprocess(picture, self.spec, variant.grid)
+
+    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
+        """Preprocess ``picture`` and run the tower on its crops."""
+        tower = self._tower(variant)
+        started = time.perf_counter()
+        pixels = self.pixels(picture, variant)
+        ready = time.perf_counter()
+        outputs = _encoded(tower, pixels.crops)
+        done = time.perf_counter()
+        timings = {"preprocess": (ready - started) * 1e3, "encode": (done - ready) * 1e3}
+        owner = None if outputs[0].owner is None else np.concatenate([output.owner for output in outputs])
+        return Look(self._tokens(tower, pixels, outputs, variant), self.family.prompt(pixels), owner, timings)
+
+    def _tokens(
+        self, tower: Tower, pixels: Pixels, outputs: Sequence[TowerOutput], variant: TowerVariant
+    ) -> VisionTokens:
+        """The rows of all crops in the layout's order."""
+        grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
+        layout = self.family.layout(replace(pixels, grids=grids), self.spec)
+        if variant != PLAIN:
+            layout = replace(layout, whole=self.spec.patches * len(grids))
+        place = partial(_placed, layout=layout, lead=self.spec.cls_rows)
+        attention = [output.cls_attention[0].T for output in outputs if output.cls_attention is not None]
+        keys = [output.keys[0] for output in outputs if output.keys is not None]
+        deepstack = [output.deepstack[0] for output in outputs if output.deepstack is not None]
+        return VisionTokens(
+            place([output.features[0] for output in outputs]), layout, partial(_project, tower),
+            place(attention).T if attention else None, place(keys) if keys else None,
+            place(deepstack) if deepstack else None, tower.separator,
+        )  # fmt: skip
+
+    def _tower(self, variant: TowerVariant) -> Tower:
+        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own.
+
+        Besides the plain one and the first, only the last one stays open: each holds the weights anew.
+        """
+        merging = variant if variant.merges else PLAIN
+        if merging not in self._towers:
+            from .export.tower_files import cached_tower
+
+            files = self._plain
+            if merging != PLAIN:
+                files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
+            opened = Tower(files.directory, provider=self._provider, threads=self.threads)
+            stay = [PLAIN, *list(self._towers)[:1]]
+            self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {merging: opened}
+        return self._towers[merging]
+
+
+def _encoded(tower: Tower, crops: Sequence[Floats]) -> list[TowerOutput]:
+    """What the tower says of each crop; those of one size go through it together."""
+    found: dict[int, TowerOutput] = {}
+    for size in dict.fromkeys(crop.shape for crop in crops):
+        members = [number for number, crop in enumerate(crops) if crop.shape == size]
+        output = tower.encode(np.stack([crops[number] for number in members]), want={"keys"})
+        found |= {number: output.crop(place) for place, number in enumerate(members)}
+    return [found[number] for number in range(len(crops))]
+
+
+def _placed(parts: Sequence[Floats], layout: Layout, lead: int) -> Floats:
+    """The rows ``(rows, ...)`` of all crops in the order of ``layout``, zero where it has a separator."""
+    ends = np.cumsum([len(part) for part in parts])
+    starts = ends - [len(part) for part in parts]
+    patch = layout.role == Role.PATCH
+    index = starts[layout.crop] + np.where(patch, lead + layout.cell, 0)
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    rows = flat if np.array_equal(index, np.arange(len(flat))) else flat[index]
+    if layout.protected.any():
+        rows = np.where(layout.protected.reshape(-1, *[1] * (rows.ndim - 1)), np.float32(0), rows)
+    return np.asarray(rows)
+
+
+def _project(tower: Tower, rows: Floats) -> Floats:
+    return tower.project(np.ascontiguousarray(rows, np.float32))
