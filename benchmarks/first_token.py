@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=SAMPLE)
     parser.add_argument("--lm")
     parser.add_argument("--mmproj")
-    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int)

@@ -19,7 +19,7 @@ from .errors import ImageError, TokcompError
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-_FILE_VERBS = ("methods", "compress", "export", "split")
+_FILE_VERBS = ("methods", "models", "compress", "export", "split", "pull")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,6 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
     methods = _verb(verbs, "methods", "list the compression methods and layer steps, with their options")
     methods.add_argument("--json", action="store_true", help="as JSON")
 
+    models = _verb(verbs, "models", "list the models that can be used, and how far each was checked")
+    models.add_argument("--json", action="store_true", help="as JSON")
+
     compress = _verb(verbs, "compress", "run a method on arrays of your own")
     compress.add_argument("features", metavar="FEATURES.npz", help="features (N,D); optionally embeddings (N,d), "
                           "cls_attention (heads,N), keys (N,Dk), query (m,d), grid (rows, columns): N - 1 cells mean "
@@ -170,10 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_argument("--seed", type=int, default=0)
     compress.add_argument("--out", required=True, metavar="PLAN.npz")
 
-    export = _verb(verbs, "export", "build the ONNX tower of an mmproj GGUF")
-    export.add_argument("mmproj", metavar="MMPROJ.gguf")
-    export.add_argument("--out", required=True, metavar="DIR")
-    export.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    export = _verb(verbs, "export", "build the ONNX tower of an mmproj GGUF or of a Hugging Face checkpoint")
+    source = export.add_mutually_exclusive_group(required=True)
+    source.add_argument("mmproj", nargs="?", metavar="MMPROJ.gguf")
+    source.add_argument("--hf", metavar="DIR", help="instead of a GGUF: the folder of a Hugging Face checkpoint, with "
+                        "config.json and *.safetensors")  # fmt: skip
+    export.add_argument("--out", required=True, metavar="DIR", help="a new folder, to be used as --mmproj")
+    export.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
 
     split = _verb(verbs, "split", "cut a language model into layer segments, for pruning between its layers")
     split.add_argument("lm", metavar="LM.gguf")
@@ -182,6 +188,13 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="run the segments against "
                        "the whole model (default)")  # fmt: skip
     split.add_argument("--threads", type=int, metavar="N", help="for that check (default: all cores)")
+
+    pull = _verb(verbs, "pull", "fetch a model from the Hugging Face Hub: its language model and its mmproj")
+    pull.add_argument("repository", metavar="REPO", help="OWNER/NAME of a GGUF repository; OWNER/NAME:Q4_K_M for "
+                      "one of its quantisations (default: Q4_K_M if it is there), OWNER/NAME:FILE.gguf for "
+                      "a file")  # fmt: skip
+    pull.add_argument("--out", metavar="DIR", help="a folder for the files (default: in the Hugging Face cache)")
+    pull.add_argument("--dry-run", action="store_true", help="list what would be fetched")
     return parser
 
 
@@ -196,8 +209,12 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True,
     group = parser.add_argument_group("model")
     group.add_argument("--lm", metavar="LM.gguf", help="language model, or a folder of its segments (see `split`); "
                        "the bundled demo model without it")  # fmt: skip
-    group.add_argument("--mmproj", metavar="MMPROJ.gguf", help="vision tower and projector")
-    group.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the tower (default fp32)")
+    group.add_argument("--mmproj", metavar="MMPROJ.gguf", help="vision tower and projector, or a folder of them "
+                       "(see `export`)")  # fmt: skip
+    group.add_argument("--engine", choices=("auto", "onnx", "mtmd"), default="auto", help="what looks at pictures: our "
+                       "own tower (onnx), llama.cpp's (mtmd); ours where the model has one (default)")  # fmt: skip
+    group.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of our tower: int8 for "
+                       "CPUs, fp16 for GPUs (default fp32)")  # fmt: skip
     group.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where the tower runs")
     group.add_argument(
         "--gpu-layers", type=int, default=0, metavar="N", help="language model layers on the GPU, -1 all"

@@ -157,7 +157,7 @@ def _dry_run(
     lines = {
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.decoder.n_layer} layers)",
-        "tower": f"{vlm.mmproj} ({engine.family.name}, {engine.precision}, {engine.reason})",
+        "tower": f"{vlm.mmproj} ({engine.family_name}, {engine.precision}, {engine.reason})",
         "image tokens": f"{describe(before, after)} a crop{shared}, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
@@ -187,6 +187,7 @@ def ask(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     """Draw the plan over the picture."""
     from .overlay import draw_overlay
+    from .tower_engine import TowerEngine
     from .vlm import CAPTION_PROMPT
 
     _refuse_alone(options)
@@ -195,6 +196,8 @@ def inspect(options: argparse.Namespace) -> int:
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
         encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
+        if not isinstance(vlm.engine, TowerEngine):
+            raise UsageError(f"what llama.cpp's own tower sees cannot be drawn ({vlm.engine.reason})")
         spec = vlm.engine.spec
         pixels = vlm.engine.pixels(encoded.image.picture, encoded.variant)
         picture = draw_overlay(pixels, spec, encoded.tokens.layout, encoded.plan, str(vlm.method), encoded.owner)
@@ -341,6 +344,6 @@ def _load(options: argparse.Namespace) -> VLM:
     return load(
         options.lm, options.mmproj, method=options.method, keep=options.keep, dynamic=options.dynamic,
         layer_steps=options.layer_steps or (), precision=options.precision, provider=options.provider,
-        gpu_layers=options.gpu_layers, threads=check_positive("--threads", options.threads),
+        engine=options.engine, gpu_layers=options.gpu_layers, threads=check_positive("--threads", options.threads),
         n_ctx=check_positive("--ctx", options.ctx), seed=options.seed, max_pixels=_max_pixels(options),
     )  # fmt: skip

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
-from .answers import EncodedImage, Look, SeenImage
+from .answers import EncodedImage, SeenImage
 from .dynamic import Share
+from .engines import Engine
 from .errors import UsageError
+from .families.base import Tokens
 from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
 from .methods import Method
@@ -23,36 +25,8 @@ Picture = Any
 """A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image``, a ``SeenImage`` or an
 ``EncodedImage``."""
 
-Embed = Callable[[str, bool], NDArray[np.float32]]
+Embed = Callable[[str | Tokens, bool], NDArray[np.float32]]
 """``(text, special)`` to ``(n, width)``: a language model's own rows for a text; ``special`` obeys its tokens."""
-
-
-class Engine(Protocol):
-    """What looks at pictures.
-
-    ``name``: short. ``reason``: where it runs, or why it does. ``row_width``: of the rows its projector writes.
-    ``causal``, ``positions``, ``markers``: as of a ``Family``.
-    """
-
-    name: str
-    reason: str
-    row_width: int
-    causal: bool
-    positions: Any
-    markers: tuple[str, ...]
-
-    @property
-    def crop_tokens(self) -> int:
-        """Tokens of one crop, of usual size where sizes differ."""
-
-    def variant(self, method: Method, keep: int | float) -> TowerVariant:
-        """How it is to be run for ``method``."""
-
-    def kept(self, method: Method, keep: int | float) -> int:
-        """Rows of one crop that enter the language model under ``method``."""
-
-    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
-        """The vision tokens of a picture."""
 
 
 class ImageEncoder:
@@ -98,7 +72,7 @@ class ImageEncoder:
             rows, method, keep, question if asked else None, share,
         )  # fmt: skip
 
-    def _text(self, text: str) -> NDArray[np.float32]:
+    def _text(self, text: str | Tokens) -> NDArray[np.float32]:
         return self._embed(text, True)
 
     def _open(self, picture: Picture) -> Image:

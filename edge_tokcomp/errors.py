@@ -14,6 +14,10 @@ class UsageError(TokcompError):
     """The command or call itself is wrong (exit code 2)."""
 
 
+class UnsupportedError(TokcompError):
+    """A model that is well but has no tower here; llama.cpp's own may do."""
+
+
 class ImageError(TokcompError):
     """One picture cannot be read; the run goes on with an error row."""
 

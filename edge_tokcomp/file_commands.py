@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 from .errors import UsageError, check_positive
 from .methods import TowerMethod, get_method, method_table
 from .methods.options import describe_options, spell
+from .text import printable, unheard
 
 
 def methods(options: argparse.Namespace) -> int:
@@ -39,6 +43,33 @@ def methods(options: argparse.Namespace) -> int:
     return 0
 
 
+def models(options: argparse.Namespace) -> int:
+    """List the families that have a tower here, and the projectors that llama.cpp's own serves."""
+    from .families import CHECKED, FAMILIES
+    from .language.mtmd_file import served_projectors
+
+    own = {projector for family in FAMILIES for projector in family.projectors}
+    others = sorted(served_projectors() - own)
+    if options.json:
+        table = [
+            {"family": family.name, "models": family.models, "projectors": family.projectors, "engine": "onnx",
+             "checked": CHECKED} for family in FAMILIES
+        ]  # fmt: skip
+        print(json.dumps({"families": table, "mtmd": others}, indent=2))  # noqa: T201
+        return 0
+    print("with a tower of ours (--engine onnx, the default for them):")  # noqa: T201
+    for family in FAMILIES:
+        print(f"{family.name:12} {family.models}  (projector {', '.join(family.projectors)})")  # noqa: T201
+    print(f"checked: {CHECKED}")  # noqa: T201
+    print("\nby llama.cpp's own tower (--engine mtmd, the default for them), projector types:")  # noqa: T201
+    print(textwrap.fill(", ".join(others), 100))  # noqa: T201
+    print(  # noqa: T201
+        "checked: what llama.cpp encodes enters the language model as llama.cpp itself would feed it, on tiny random\n"
+        "models of the families above, of MiniCPM-V and of GLM-4V (resampler, glm4v); the other types were not run."
+    )
+    return 0
+
+
 def compress(options: argparse.Namespace) -> int:
     """Run a method on the arrays of a file."""
     from .features import read_features
@@ -60,7 +91,11 @@ def export(options: argparse.Namespace) -> int:
     """Build a tower into a new directory."""
     from .export.tower_files import export_tower
 
-    files = export_tower(options.mmproj, options.out, options.precision)
+    if options.hf is None and os.path.isdir(options.mmproj):
+        raise UsageError(f"{options.mmproj}: a folder; name a GGUF file, or a checkpoint's folder with --hf")
+    if options.hf is not None and not os.path.isdir(options.hf):
+        raise UsageError(f"--hf {options.hf}: not a folder; name that of a checkpoint, with its config.json")
+    files = export_tower(options.mmproj if options.hf is None else options.hf, options.out, options.precision)
     line = f"{options.out}: {files.spec.family} tower, {files.precision}, against the source: {files.check}"
     print(line, file=sys.stderr)  # noqa: T201
     return 0
@@ -94,3 +129,38 @@ def split(options: argparse.Namespace) -> int:
     print(f"against the whole model: {check}" if check else "not run against the whole model", file=sys.stderr)  # noqa: T201
     print(folder)  # noqa: T201
     return 0
+
+
+def pull(options: argparse.Namespace) -> int:
+    """Fetch a model's files; the paths of language model and mmproj go to stdout."""
+    from .fetching import check_space, fetch, megabytes, plan
+    from .hub import open_repository
+    from .pulling import choose, read_name
+
+    name, tag = read_name(options.repository)
+    out = None if options.out is None else Path(options.out)
+    if out is not None and os.path.exists(out) and not os.path.isdir(out):
+        raise UsageError(f"--out {out}: not a folder")
+    repository = open_repository(name)
+    if repository.offline:
+        _tell(f"{repository.offline}; going by what the cache has of {name}")
+    choice = choose(str(repository), repository.files, tag)
+    _tell(choice.reason)
+    jobs = [plan(repository, file, out) for file in (*choice.lm, choice.mmproj)]
+    for job in jobs:
+        print(printable(str(job)), file=sys.stdout if options.dry_run else sys.stderr)
+    needed, place = sum(job.missing for job in jobs), repository.folder if out is None else out
+    if needed:
+        free = check_space(place, needed)
+        _tell(f"{megabytes(needed)} to write to {place}, where {megabytes(free)} are free")
+    if options.dry_run:
+        return 0
+    lm, *_, mmproj = [fetch(repository, job, _tell) for job in jobs]
+    _tell(f"edge-tokcomp caption photos/ --lm {shlex.quote(str(lm))} --mmproj {shlex.quote(str(mmproj))}")
+    print(lm, mmproj, sep="\n")  # noqa: T201
+    return 0
+
+
+def _tell(line: str) -> None:
+    with unheard(sys.stderr):
+        print(printable(line), file=sys.stderr)  # noqa: T201

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .families.base import Part
+from .families.base import Part, Tokens
 from .tokens import Ints, Layout, Plan
 
 Floats = NDArray[np.float32]
@@ -32,30 +32,46 @@ class ImageRows:
 
 
 def image_rows(
-    parts: Sequence[Part], kept: Floats, plan: Plan, layout: Layout, embed: Callable[[str], Floats], *, on_grid: bool
+    parts: Sequence[Part],
+    kept: Floats,
+    plan: Plan,
+    layout: Layout,
+    embed: Callable[[str | Tokens], Floats],
+    *,
+    on_grid: bool,
 ) -> ImageRows:
     """``kept (n, width)``: the rows of ``plan``, put where ``parts`` say.
 
-    ``on_grid``: rows stand at their row and column of the uncompressed picture's grid, which is one crop (M-RoPE), and
-    the text after it where that grid ends; else they are counted.
+    ``on_grid``: rows stand at their row and column of the uncompressed crop's grid, all at one time, and what follows
+    where that grid ends (M-RoPE); else they are counted.
     """
     order = plan.keep if plan.order is None else plan.order
     crop = layout.crop[order]
-    if on_grid:
-        (grid,) = layout.grids
-        if parts != ((0,),):
-            raise ValueError(f"rows on a grid stand by themselves, not as {parts}")
-        row, column = np.divmod(layout.cell[order], grid[1])
-        nothing = np.zeros_like(row)
-        return ImageRows(kept, crop, np.stack([nothing, row, column, nothing]).astype(np.int32), max(grid))
-    pieces, owners = [kept[:0]], [crop[:0]]
+    pieces: list[tuple[Floats, Ints, NDArray[np.int32]]] = []
+    start = 0
     for part in parts:
-        if isinstance(part, str):
-            pieces.append(embed(part))
-            owners.append(np.full(len(pieces[-1]), -1, np.int64))
-        else:
+        if isinstance(part, tuple):
             inside = np.isin(crop, part)
-            pieces.append(kept[inside])
-            owners.append(crop[inside])
-    rows = np.concatenate(pieces)
-    return ImageRows(rows, np.concatenate(owners), np.arange(len(rows), dtype=np.int32), len(rows))
+            rows, owners = kept[inside], crop[inside]
+            places, length = _counted(start, len(rows)), len(rows)
+            if on_grid:
+                (grid,) = (layout.grids[number] for number in part)
+                row, column = np.divmod(layout.cell[order][inside], grid[1])
+                places = np.stack([start + 0 * row, start + row, start + column, 0 * row]).astype(np.int32)
+                length = max(grid)
+        else:
+            rows = embed(part)
+            owners, length = np.full(len(rows), -1, np.int64), len(rows)
+            places = _counted(start, length)
+            if on_grid:
+                places = np.stack([places, places, places, np.zeros_like(places)])
+        pieces.append((rows, owners, places))
+        start += length
+    return ImageRows(
+        np.concatenate([rows for rows, _, _ in pieces]), np.concatenate([owners for _, owners, _ in pieces]),
+        np.concatenate([places for _, _, places in pieces], axis=-1), start,
+    )  # fmt: skip
+
+
+def _counted(start: int, count: int) -> NDArray[np.int32]:
+    return np.arange(start, start + count, dtype=np.int32)

@@ -13,6 +13,7 @@ from .language.prompt import chat_prompt
 from .methods.layer_step import spell_steps
 from .segmenting import model_files
 from .sources import Source
+from .tower_engine import tower_file
 from .vlm import CAPTION_PROMPT, VLM
 
 logger = logging.getLogger(__name__)
@@ -82,19 +83,21 @@ def params_hash(vlm_hash: str, parameters: Parameters) -> str:
 def hash_of_model(vlm: VLM) -> str:
     """Identifies the model's files and everything set at its loading that decides a caption."""
     values = {
-        "lm": fingerprint(*model_files(vlm.lm)), "mmproj": fingerprint(vlm.mmproj), "method": repr(vlm.method),
-        "keep": vlm.keep, "layer_steps": repr(vlm.layer_steps), "dynamic": vlm.sharing and vlm.sharing.key,
-        "seed": vlm.seed, "precision": vlm.engine.precision, "n_ctx": vlm.decoder.n_ctx,
+        "lm": fingerprint(*model_files(vlm.lm)), "mmproj": fingerprint(tower_file(vlm.mmproj)),
+        "method": repr(vlm.method), "keep": vlm.keep, "layer_steps": repr(vlm.layer_steps),
+        "dynamic": vlm.sharing and vlm.sharing.key, "seed": vlm.seed, "engine": vlm.engine.name,
+        "precision": vlm.engine.precision, "n_ctx": vlm.decoder.n_ctx,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
     """What was chosen where the user may have left it open, with the reason where there is one."""
-    written = chat_prompt(vlm.model, prompt, 1)
+    written = chat_prompt(vlm.model, prompt, 1, vlm.engine.markers, vlm.engine.own_line)
     choices: dict[str, str | int] = {
-        "provider": vlm.engine.reason, "precision": vlm.engine.precision, "n_ctx": vlm.decoder.n_ctx,
-        "threads": vlm.threads, "prompt_form": written.form, "prompt_reason": written.reason,
+        "engine": vlm.engine.name, "provider": vlm.engine.reason, "precision": vlm.engine.precision,
+        "n_ctx": vlm.decoder.n_ctx, "threads": vlm.threads, "prompt_form": written.form,
+        "prompt_reason": written.reason,
     }  # fmt: skip
     if vlm.layer_steps:
         choices |= {"layer_steps": spell_steps(vlm.layer_steps), "positions": vlm.decoder.positions}

@@ -47,8 +47,8 @@ class Layout:
     ``crop (N,) int64``: the crop a row belongs to.
     ``cell (N,) int64``: its raster index in that crop's grid, -1 for a row that is no patch.
     ``role (N,) int8``: a ``Role``.
-    ``overview``: crop 0 is a thumbnail of the whole picture, of which the other crops are parts. Otherwise crops are
-    equals: frames of a video, tiles.
+    ``overview``: the crop that is a thumbnail of the whole picture, of which the other crops are parts. Where there is
+    none, crops are equals: frames of a video, tiles.
     ``whole``: rows of the uncompressed image, where these are fewer because the tower was run otherwise; else None.
     """
 
@@ -56,7 +56,7 @@ class Layout:
     crop: Ints
     cell: Ints
     role: NDArray[np.int8]
-    overview: bool = False
+    overview: int | None = None
     whole: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +67,8 @@ class Layout:
             )
         if len(self.crop) and not (self.crop.min() >= 0 and self.crop.max() < len(self.grids)):
             raise ValueError(f"layout names crop {int(self.crop.max())}, but has {len(self.grids)} grids")
+        if self.overview is not None and (type(self.overview) is bool or not 0 <= self.overview < len(self.grids)):
+            raise ValueError(f"overview {self.overview} is none of {len(self.grids)} crops")
         cells = np.array([rows * columns for rows, columns in self.grids], dtype=np.int64)
         patch = self.role == Role.PATCH
         if np.any(patch & ((self.cell < 0) | (self.cell >= cells[self.crop]))):
@@ -76,7 +78,7 @@ class Layout:
         return len(self.crop)
 
     @classmethod
-    def of_grids(cls, *grids: tuple[int, int], cls_rows: bool = False, overview: bool = False) -> Layout:
+    def of_grids(cls, *grids: tuple[int, int], cls_rows: bool = False, overview: int | None = None) -> Layout:
         """Crops one after another in raster order, each led by its CLS row when ``cls_rows``."""
         crop, cell, role = [], [], []
         for number, (rows, columns) in enumerate(grids):
@@ -126,6 +128,8 @@ class VisionTokens:
     ``keys (N, Dk) float32``: attention keys averaged over heads, for merging methods.
     ``carried (N, E) float32``: what the projector takes after the features and methods do not look at (deepstack).
     ``separator (d,) float32``: what separators are at language width.
+    ``received``: computes the attention that rows receive from the others of their crop, ``(heads, N) float32``, where
+    there is no CLS.
     """
 
     features: Array
@@ -135,6 +139,7 @@ class VisionTokens:
     keys: Array | None = None
     carried: Array | None = None
     separator: NDArray[np.float32] | None = None
+    received: Callable[[], Array] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.layout)
@@ -154,6 +159,13 @@ class VisionTokens:
     def embeddings(self) -> Array:
         """``(N, d)``: every row at language width; computed once, on first use."""
         return self._projected(self.features, self.carried, self.layout.protected)
+
+    @cached_property
+    def attention(self) -> Array | None:
+        """``cls_attention``; without a CLS what rows receive, computed on first use; None where neither can be had."""
+        if self.cls_attention is not None or self.received is None:
+            return self.cls_attention
+        return self.received()
 
     def rows(self, plan: Plan) -> Array:
         """``(n, d)``: what enters the language model under ``plan``.

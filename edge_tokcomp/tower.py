@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import TokcompError, UsageError
+from .received import received_attention, squares
 from .tokens import Ints
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Provider = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "int8"]
+"""fp16 stores and computes everything in 16 bits: for GPUs. int8 stores and multiplies the blocks' matrices in 8 bits,
+quantising activations as they come: for CPUs."""
 
 _USUAL = ("features", "cls_attention", "deepstack")
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -36,6 +40,23 @@ _CUDA_OPTIONS = {
 
 
 @dataclass(frozen=True, eq=False)
+class Patches:
+    """``queries``, ``keys (B, P, D) float32`` of all ``heads`` of a block, a row a patch of ``grid``; ``side``: patches
+    a side of one token."""
+
+    queries: Floats
+    keys: Floats
+    heads: int
+    grid: tuple[int, int]
+    side: int
+
+    def received(self, crop: int) -> Floats:
+        """``(heads, tokens) float32``: the attention that each token's patches receive from all patches of a crop."""
+        attention = received_attention(self.queries[crop], self.keys[crop], self.heads)
+        return np.asarray(squares(attention, self.grid, self.side).sum(axis=-1))
+
+
+@dataclass(frozen=True, eq=False)
 class TowerOutput:
     """What the tower says of B crops.
 
@@ -44,6 +65,7 @@ class TowerOutput:
     ``keys (B, rows, Dk) float32``: that block's attention keys averaged over heads, None unless asked for.
     ``owners``: for each merge of a tower that merges, ``(B, N) int64``: the cell of the grid after it, in raster order,
     that each of the picture's N patches is in.
+    ``patches``: what attention between patches is taken of, where there is no CLS; None unless asked for.
     ``deepstack (B, rows, E) float32``: features of blocks on the way, which only the projector takes; None where the
     model has no such.
     """
@@ -53,6 +75,7 @@ class TowerOutput:
     keys: Floats | None = None
     owners: tuple[Ints, ...] = ()
     deepstack: Floats | None = None
+    patches: Patches | None = None
 
     def rows(self, crop: int) -> Floats:
         """``(rows, D + E)``: what the projector takes of one crop."""
@@ -66,7 +89,12 @@ class TowerOutput:
         attention, keys, deepstack = (
             None if array is None else array[one] for array in (self.cls_attention, self.keys, self.deepstack)
         )
-        return TowerOutput(self.features[one], attention, keys, tuple(o[one] for o in self.owners), deepstack)
+        patches = (
+            None
+            if self.patches is None
+            else replace(self.patches, queries=self.patches.queries[one], keys=self.patches.keys[one])
+        )
+        return TowerOutput(self.features[one], attention, keys, tuple(o[one] for o in self.owners), deepstack, patches)
 
     @property
     def owner(self) -> Ints | None:
@@ -80,6 +108,7 @@ class Tower:
     ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
     why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, pixels of the
     pictures it was made for, ``unit``, what other sides are multiples of, ``width`` (D) and ``language_width`` (d).
+    ``further``: what ``encode`` returns when asked.
     ``separator (d,) float32``: what stands between rows of tokens, where the model has such. Raises ``TokcompError``
     when the directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never
     falls back from one that was asked for.
@@ -107,18 +136,22 @@ class Tower:
         outputs = [output.name for output in self._tower.get_outputs()]
         self._owners = [name for name in outputs if name.startswith("owner_")]
         self._usual = [name for name in outputs if name in _USUAL] + self._owners
-        self._further = set(outputs) - set(self._usual)
+        self.further = set(outputs) - set(self._usual)
         try:
             properties = self._tower.get_modelmeta().custom_metadata_map
-            side, self.unit, heads = (int(properties[n]) for n in ("image_size", "unit", "heads"))
+            side, self.unit, self._patch, heads = (
+                int(properties[n]) for n in ("image_size", "unit", "patch_size", "heads")
+            )
             self.image_size: tuple[int, int] = side, side
             _, _, height, width = self._tower.get_inputs()[0].shape
             self._takes: tuple[int | str, int | str] = height, width
             self.width: int = self._tower.get_outputs()[outputs.index("features")].shape[2]
             self.language_width: int = self._projector.get_outputs()[0].shape[1]
             self._taken: int = self._projector.get_inputs()[0].shape[1]
-            if not 1 <= self.unit <= side or self.width < 1 or self._taken % self.width:
-                raise ValueError(f"pictures of {side} in units of {self.unit}, rows of {self.width} and {self._taken}")
+            if not 1 <= self._patch <= self.unit <= side or self.unit % self._patch or heads < 1:
+                raise ValueError(f"pictures of {side}, patches of {self._patch}, units of {self.unit}, heads {heads}")
+            if self.width < 1 or self._taken % self.width:
+                raise ValueError(f"rows of {self.width} and {self._taken}")
             self._heads = heads
             self.separator = _separator(self.directory / "separator.npy", self.language_width)
         except (ValueError, TypeError, IndexError, KeyError) as fault:
@@ -126,7 +159,7 @@ class Tower:
                 f"{self.directory}: its graphs are no tower and projector ({fault!r}); export the tower again"
             ) from fault
 
-    def encode(self, pixels: Floats, want: Collection[Literal["keys"]] = ()) -> TowerOutput:
+    def encode(self, pixels: Floats, want: Collection[Literal["keys", "queries"]] = ()) -> TowerOutput:
         """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B.
 
         H and W are ``image_size`` or other multiples of ``unit``; a tower that merges takes one size. ``want``:
@@ -142,16 +175,21 @@ class Tower:
         ):
             sides = ", ".join(str(side) if type(side) is int else f"n*{self.unit}" for side in self._takes)
             raise ValueError(f"pixels must be (B, 3, {sides}) float32, got {pixels.shape} {pixels.dtype}")
-        if not self._further.issuperset(want):
-            raise ValueError(f"this tower does not return {', '.join(sorted(set(want) - self._further))}")
+        if not self.further.issuperset(want):
+            raise ValueError(f"this tower does not return {', '.join(sorted(set(want) - self.further))}")
         names = [*self._usual, *want]
         found = dict(zip(names, self._run("tower", self._tower, names, {"pixels": pixels}), strict=True))
-        keys = found.get("keys")
+        keys, patches = found.get("keys"), None
+        grid, side = (pixels.shape[2] // self._patch, pixels.shape[3] // self._patch), self.unit // self._patch
+        if keys is not None and "queries" in found:
+            patches = Patches(found["queries"], keys, self._heads, grid, side)
         if keys is not None:
             keys = keys.reshape(*keys.shape[:2], self._heads, -1).mean(axis=2)
+            if side > 1:
+                keys = squares(np.moveaxis(keys, 1, 2), grid, side).mean(axis=-1).swapaxes(1, 2)
         return TowerOutput(
             found["features"], found.get("cls_attention"), keys, tuple(found[name] for name in self._owners),
-            found.get("deepstack"),
+            found.get("deepstack"), patches,
         )  # fmt: skip
 
     def _fits(self, axis: int, length: int) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +15,18 @@ from PIL import Image as Pil
 
 from .answers import Look
 from .budget import tokens_to_keep
+from .errors import UsageError
 from .families import family_named
 from .families.base import Pixels
 from .methods import Method, TowerMethod
 from .tokens import Layout, Role, VisionTokens
-from .tower import Provider, Tower, TowerOutput
+from .tower import Precision, Provider, Tower, TowerOutput
 from .variant import PLAIN, TowerVariant
 
 Floats = NDArray[np.float32]
+
+_TOGETHER = 4
+"""Crops that go through the tower at once: each of an InternVL takes 90 MB more, and none is the faster on a CPU."""
 
 
 class TowerEngine:
@@ -33,9 +36,10 @@ class TowerEngine:
     """
 
     name = "onnx"
+    own_line = True
 
     def __init__(
-        self, mmproj: Path, *, precision: Literal["fp32", "int8"], provider: Provider, threads: int, method: Method,
+        self, mmproj: Path, *, precision: Precision, provider: Provider, threads: int, method: Method,
         keep: int | float,
     ) -> None:  # fmt: skip
         from .export.tower_files import cached_tower
@@ -47,6 +51,7 @@ class TowerEngine:
         self.spec, self.directory = self._plain.spec, self._plain.directory
         self.family = family_named(self.spec.family)
         self.causal, self.positions, self.markers = self.family.causal, self.family.positions, self.family.markers
+        self.family_name = self.family.name
         self.tower = self._tower(self.variant(method, keep))
         self.row_width, self.reason = self.tower.language_width, self.tower.provider_reason
 
@@ -56,7 +61,12 @@ class TowerEngine:
         return int(self.spec.patches)
 
     def variant(self, method: Method, keep: int | float) -> TowerVariant:
-        """How the tower is to be run for ``method``."""
+        """How the tower is to be run for ``method``; raises ``UsageError`` where it cannot."""
+        if isinstance(method, TowerMethod) and self.spec.dynamic:
+            raise UsageError(
+                f"method {method.name} runs the tower on crops of one size, and {self.family_name} takes pictures "
+                "of any size as they are; choose a method that acts after the tower"
+            )
         wanted = tokens_to_keep(keep, self.spec.patches)
         if not isinstance(method, TowerMethod) or wanted == self.spec.patches:
             return PLAIN
@@ -92,7 +102,8 @@ class TowerEngine:
         grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
         layout = self.family.layout(replace(pixels, grids=grids), self.spec)
         if variant != PLAIN:
-            layout = replace(layout, whole=self.spec.patches * len(grids))
+            whole = self.family.layout(replace(pixels, grids=(self.spec.grid,) * len(grids)), self.spec)
+            layout = replace(layout, whole=whole.before)
         place = partial(_placed, layout=layout, lead=self.spec.cls_rows)
         attention = [output.cls_attention[0].T for output in outputs if output.cls_attention is not None]
         keys = [output.keys[0] for output in outputs if output.keys is not None]
@@ -101,6 +112,7 @@ class TowerEngine:
             place([output.features[0] for output in outputs]), layout, partial(_project, tower),
             place(attention).T if attention else None, place(keys) if keys else None,
             place(deepstack) if deepstack else None, tower.separator,
+            partial(_received, outputs, layout, self.spec.cls_rows) if outputs[0].patches else None,
         )  # fmt: skip
 
     def _tower(self, variant: TowerVariant) -> Tower:
@@ -121,13 +133,20 @@ class TowerEngine:
         return self._towers[merging]
 
 
+def tower_file(mmproj: Path) -> Path:
+    """The file that tells towers apart: the mmproj, or an exported directory's description, with all its checksums."""
+    return mmproj / "tower.json" if mmproj.is_dir() else mmproj
+
+
 def _encoded(tower: Tower, crops: Sequence[Floats]) -> list[TowerOutput]:
-    """What the tower says of each crop; those of one size go through it together."""
+    """What the tower says of each crop; those of one size go through it together, a few at a time."""
     found: dict[int, TowerOutput] = {}
     for size in dict.fromkeys(crop.shape for crop in crops):
         members = [number for number, crop in enumerate(crops) if crop.shape == size]
-        output = tower.encode(np.stack([crops[number] for number in members]), want={"keys"})
-        found |= {number: output.crop(place) for place, number in enumerate(members)}
+        for start in range(0, len(members), _TOGETHER):
+            batch = members[start : start + _TOGETHER]
+            output = tower.encode(np.stack([crops[number] for number in batch]), want=tower.further)
+            found |= {number: output.crop(place) for place, number in enumerate(batch)}
     return [found[number] for number in range(len(crops))]
 
 
@@ -142,6 +161,12 @@ def _placed(parts: Sequence[Floats], layout: Layout, lead: int) -> Floats:
     if layout.protected.any():
         rows = np.where(layout.protected.reshape(-1, *[1] * (rows.ndim - 1)), np.float32(0), rows)
     return np.asarray(rows)
+
+
+def _received(outputs: Sequence[TowerOutput], layout: Layout, lead: int) -> Floats:
+    """``(heads, N)``: what each row of ``layout`` receives of the attention of its crop."""
+    parts = [output.patches.received(0).T for output in outputs if output.patches is not None]
+    return np.asarray(_placed(parts, layout, lead).T)
 
 
 def _project(tower: Tower, rows: Floats) -> Floats:

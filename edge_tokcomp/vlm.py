@@ -19,7 +19,9 @@ from .answers import Answer, AnswerStream, EncodedImage, SeenImage
 from .budget import largest_share, parse_keep
 from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
 from .encoder import ImageEncoder, Picture
+from .engines import EngineName, open_engine
 from .errors import TokcompError, UsageError
+from .families.base import Tokens
 from .images import MAX_PIXELS
 from .language.generation import Generation, generate
 from .language.prompt import chat_prompt
@@ -33,8 +35,7 @@ from .methods.layer_steps import read_layer_steps
 from .prompt_rows import feed, prompt_parts, rows_of
 from .segmenting import model_name, open_language
 from .tokens import Rows
-from .tower import Provider
-from .tower_engine import TowerEngine
+from .tower import Precision, Provider
 
 DEFAULT_METHOD = "mosaic"
 DEFAULT_KEEP = 0.25
@@ -59,8 +60,9 @@ def load(
     method: str | Method | None = None,
     keep: str | int | float | None = None,
     dynamic: Mode | float | None = None,
-    precision: Literal["fp32", "int8"] = "fp32",
+    precision: Precision = "fp32",
     provider: Provider = "auto",
+    engine: EngineName = "auto",
     layer_steps: str | Sequence[str | LayerStep] = (),
     gpu_layers: int = 0,
     threads: int | None = None,
@@ -75,6 +77,7 @@ def load(
     (``edge-tokcomp methods``) or a ``Method``; ``mosaic`` when only ``keep`` is given. With neither nothing is
     compressed. ``layer_steps``: drop image tokens inside the language model too, as
     ``"spectrum@8:0.5,16:0.25,24:0"``, several joined by ``+``; the file is cut at these layers, once, in the cache.
+    ``engine``: what looks at pictures, our own tower (``onnx``) or llama.cpp's (``mtmd``); ours where there is one.
     ``dynamic``: give pictures with much to see more than ``keep`` and others less, so that the mean holds; the
     pictures of one request share exactly, and one by itself is measured against the ``running`` mean of those before,
     the ``calibrated`` mean of the model (see ``VLM.calibrate``) or a mean given as a number; with ``batch`` it needs
@@ -108,8 +111,8 @@ def load(
     Sampling(seed=seed)  # refuses a seed out of range before the files are read
     return VLM(
         Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0, sharing=sharing,
-        layer_steps=steps, precision=precision, provider=provider, gpu_layers=gpu_layers, threads=threads or cores,
-        n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
+        layer_steps=steps, precision=precision, provider=provider, engine=engine, gpu_layers=gpu_layers,
+        threads=threads or cores, n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
     )  # fmt: skip
 
 
@@ -121,7 +124,8 @@ class VLM:
 
     def __init__(
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
-        layer_steps: tuple[LayerStep, ...], precision: Literal["fp32", "int8"], provider: Provider, gpu_layers: int,
+        layer_steps: tuple[LayerStep, ...], precision: Precision, provider: Provider,
+        engine: EngineName, gpu_layers: int,
         threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
@@ -132,12 +136,11 @@ class VLM:
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
             )
             self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
-            self.engine = TowerEngine(
-                mmproj, precision=precision, provider=provider, threads=threads, method=method, keep=keep
-            )
-            self.encoder = ImageEncoder(
-                self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels
-            )
+            self.engine = open_engine(
+                stack, engine, mmproj, self.model, precision=precision, provider=provider, threads=threads,
+                gpu=gpu_layers != 0, method=method, keep=keep,
+            )  # fmt: skip
+            self.encoder = ImageEncoder(self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels)
             width = self.engine.row_width
             if width != self.decoder.row_width:
                 raise TokcompError(
@@ -243,7 +246,9 @@ class VLM:
         """A picture that was seen or encoded under another method and budget."""
         return self.encoder.compress(seen, method, keep, question)
 
-    def _embedded(self, text: str, special: bool) -> NDArray[np.float32]:
+    def _embedded(self, text: str | Tokens, special: bool) -> NDArray[np.float32]:
+        if isinstance(text, Tokens):
+            return self.embedding.lookup(text.ids)
         return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=special))
 
     @overload
@@ -306,7 +311,7 @@ class VLM:
         With ``dynamic``, of a picture that gets the mean, or with ``most`` as much as any can get.
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
-        pieces = chat_prompt(self.model, question, 1, self.engine.markers).tokenize(self.model)
+        pieces = chat_prompt(self.model, question, 1, self.engine.markers, self.engine.own_line).tokenize(self.model)
         kept = self.engine.kept(self.method, self.keep)
         if most and self.sharing:
             kept = largest_share(kept, self.engine.crop_tokens)
@@ -339,7 +344,7 @@ class VLM:
         if self._closed:
             raise ValueError("the model is closed; load it again")
         self._end_stream()
-        prompt = chat_prompt(self.model, question, len(images), self.engine.markers)
+        prompt = chat_prompt(self.model, question, len(images), self.engine.markers, self.engine.own_line)
         pieces = prompt.around([image.around for image in images]).tokenize(self.model)
         started = time.perf_counter()
         parts = prompt_parts(self.embedding, pieces, images)

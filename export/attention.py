@@ -64,9 +64,7 @@ class Attention:
             query, key = self._widened(query, self.sizes.ones), self._widened(key, self.sizes.keys)
             options = {"scale": self._size**-0.5}
         inputs = [query, key, self.value] + ([] if self.mask is None else ["", self.mask])
-        return self.graph.node(
-            "MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=self.heads, **options
-        )
+        return self.graph.node("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=self.heads, **options)
 
     def first_row(self) -> str:
         """``(B, heads, S)``: the softmax weights of row 0's query over all rows."""
@@ -74,7 +72,7 @@ class Attention:
         first = graph.node("Slice", self.query, graph.ints(0), graph.ints(1), graph.ints(1))
         first = graph.node("Transpose", self._in_heads(first), perm=[0, 2, 1, 3])
         keys = graph.node("Transpose", self._in_heads(self.key), perm=[0, 2, 3, 1])
-        scale = graph.constant(np.array(self._size**-0.5, dtype=np.float32))
+        scale = graph.rows(graph.constant(np.array(self._size**-0.5, dtype=np.float32)))
         scores = graph.node("MatMul", graph.node("Mul", first, scale), keys)
         if self.sizes is not None:
             scores = graph.node("Add", scores, graph.node("Unsqueeze", self.sizes.logs, graph.ints(1, 2)))

@@ -36,11 +36,11 @@ class Graph:
 
     ``path`` is where ``save`` puts the graph; weights go to ``path`` + ``.data``. With ``weights``, a graph of the same
     file name, none is written: those of that graph are used, and a copy or link of its data file belongs beside
-    ``path``. A context manager.
+    ``path``. With ``half`` weights are stored and rows computed in 16 bits. A context manager.
     """
 
-    def __init__(self, path: Path, weights: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, weights: Path | None = None, half: bool = False) -> None:
+        self.path, self.half = path, half
         self._data = path.with_name(path.name + ".data").open("wb") if weights is None else None
         self._shared: dict[str, onnx.TensorProto] = {}
         if weights is not None:
@@ -67,7 +67,10 @@ class Graph:
 
     def output(self, value: str, name: str, shape: tuple[int | str, ...], kind: int = TensorProto.FLOAT) -> None:
         """Return ``value`` from the graph, float32 or of another ``kind``, under ``name``."""
-        self.node("Identity", value, into=name)
+        if self.half and kind == TensorProto.FLOAT:
+            self.node("Cast", value, into=name, to=kind)
+        else:
+            self.node("Identity", value, into=name)
         self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def save(self, properties: Mapping[str, str] | None = None) -> None:
@@ -86,10 +89,20 @@ class Graph:
         self._nodes.append(helper.make_node(kind, inputs, [into], name=into, domain=domain, **attributes))
         return into
 
-    def weight(self, name: str, read: Callable[[], NDArray[Any]]) -> str:
-        """Add a weight, written to the data file unless that of another graph is used."""
-        self._weights.append(self._shared[name] if self._data is None else self._write(self._data, name, read()))
+    def weight(self, name: str, read: Callable[[], NDArray[Any]], exact: bool = False) -> str:
+        """Add a weight, written to the data file unless that of another graph is used; ``exact``: never in 16 bits."""
+        if self._data is None:
+            self._weights.append(self._shared[name])
+            return name
+        array = read()
+        if self.half and not exact and array.dtype == np.float32:
+            array = array.astype(np.float16)
+        self._weights.append(self._write(self._data, name, array))
         return name
+
+    def rows(self, value: str) -> str:
+        """A float32 ``value`` in the precision that rows are computed in."""
+        return self.node("Cast", value, to=TensorProto.FLOAT16) if self.half else value
 
     def _write(self, data: BinaryIO, name: str, array: NDArray[Any]) -> onnx.TensorProto:
         array = np.ascontiguousarray(array)

@@ -15,9 +15,12 @@ from .shapes import patch_weights
 
 _STRETCHES: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "cubic", "coordinate_transformation_mode": "half_pixel", "cubic_coeff_a": -0.75},
-    "bilinear": {"mode": "linear", "coordinate_transformation_mode": "half_pixel", "antialias": 1},
+    # Without exclude_outside the edges are mixed with themselves where the table shrinks (pytorch issue 183546).
+    "bilinear": {
+        "mode": "linear", "coordinate_transformation_mode": "half_pixel", "antialias": 1, "exclude_outside": 1,
+    },
     "corners": {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def embedded(graph: Graph, spec: TowerSpec, weights: Callable[[str], Weight], pi
         return np.asarray(np.sum([weights(name)() for name in patch_weights(spec)], axis=0, dtype=np.float32))
 
     patch = [spec.patch_size, spec.patch_size]
-    inputs = [pixels, graph.weight("v.patch_embd", kernel)]
+    inputs = [graph.rows(pixels), graph.weight("v.patch_embd", kernel)]
     if spec.patch_bias:
         inputs.append(graph.weight("v.patch_embd.bias", weights("v.patch_embd.bias")))
     x = graph.node("Conv", *inputs, kernel_shape=patch, strides=patch)
@@ -91,10 +94,10 @@ def embedded(graph: Graph, spec: TowerSpec, weights: Callable[[str], Weight], pi
     grid = Grid(graph, batch, rows, columns, spec.merge)
     if spec.positions is not None:
         stretched = graph.node(
-            "Resize", graph.weight("v.position_embd", table), "", "", graph.shape(1, spec.width, rows, columns),
-            **_STRETCHES[spec.positions],
+            "Resize", graph.weight("v.position_embd", table, exact=True), "", "",
+            graph.shape(1, spec.width, rows, columns), **_STRETCHES[spec.positions],
         )  # fmt: skip
-        x = graph.node("Add", x, stretched)
+        x = graph.node("Add", x, graph.rows(stretched))
     x = graph.node("Transpose", graph.node("Reshape", x, graph.ints(0, 0, -1)), perm=[0, 2, 1])
     if not spec.class_token:
         return x, grid
@@ -138,4 +141,4 @@ def rotary_tables(graph: Graph, spec: TowerSpec, grid: Grid) -> RotaryTables:
     if spec.window:
         spare = np.zeros(((spec.window.side * spec.merge) ** 2, 2 * quarter), np.float32)
         table = graph.node("Concat", table, graph.constant(spare), axis=0)
-    return RotaryTables(graph, graph.node("Cos", table), graph.node("Sin", table))
+    return RotaryTables(graph, *(graph.rows(graph.node(wave, table)) for wave in ("Cos", "Sin")))

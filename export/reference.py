@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from edge_tokcomp.families.tower_spec import Step, TowerSpec
 from edge_tokcomp.tokens import Ints
-from edge_tokcomp.tower import TowerOutput
+from edge_tokcomp.tower import Patches, TowerOutput
 from edge_tokcomp.variant import PLAIN, TowerVariant
 
-from .mmproj import Mmproj
 from .reference_merger import ReferenceMerger
 from .shapes import projector_shapes, tower_shapes
+from .source import Source
 from .vit import key_block
 
 Floats = NDArray[np.float32]
@@ -29,7 +29,7 @@ Read = Callable[[str], Floats]
 
 def reference_tower(
     spec: TowerSpec,
-    mmproj: Mmproj,
+    source: Source,
     pixels: Floats,
     variant: TowerVariant = PLAIN,
     found: tuple[Ints, ...] = (),
@@ -39,11 +39,11 @@ def reference_tower(
     shapes = tower_shapes(spec)
 
     def weight(name: str) -> Floats:
-        return mmproj.tensor(name, shapes[name])
+        return source.tensor(name, shapes[name])
 
     def linear(x: Floats, name: str) -> Floats:
         x = x @ weight(f"{name}.weight").T
-        return np.asarray(x + weight(f"{name}.bias") if spec.bias else x)
+        return np.asarray(x + weight(f"{name}.bias") if f"{name}.bias" in shapes else x)
 
     def norm(x: Floats, name: str) -> Floats:
         if spec.norm == "rms":
@@ -70,16 +70,16 @@ def reference_tower(
         query, key, value = (y.reshape(*x.shape[:2], spec.heads, -1).transpose(0, 2, 1, 3) for y in (query, key, value))
         if turns is not None and spec.rotary is not None:
             query, key = (_turned(y, turns, spec.rotary.adjacent) for y in (query, key))
-        scores = query @ key.transpose(0, 1, 3, 2) / np.float32(math.sqrt(query.shape[-1]))
-        scores += merger.log_sizes[:, None, None]
-        if near is not None and spec.window is not None and block not in spec.window.whole:
-            scores = np.where(near, scores, np.float32(-np.inf))
-        attention = np.exp(scores - scores.max(-1, keepdims=True))
-        attention /= attention.sum(-1, keepdims=True)
+        windowed = spec.window is not None and block not in spec.window.whole
+        taken, first = _attention(query, key, value, merger.log_sizes, near if windowed else None)
         keys = key.mean(axis=1)
         if block == key_block(spec):
-            cls_attention, last_keys = attention[:, :, 0] if spec.class_token else None, keys
-        more = linear((attention @ value).transpose(0, 2, 1, 3).reshape(x.shape), f"{name}.attn_out")
+            cls_attention, last_keys = first if spec.class_token else None, keys
+            patches = None
+            if not spec.class_token:
+                rows = [y.transpose(0, 2, 1, 3).reshape(x.shape) for y in (query, key)]
+                patches = Patches(rows[0], rows[1], spec.heads, grid, spec.merge)
+        more = linear(taken.transpose(0, 2, 1, 3).reshape(x.shape), f"{name}.attn_out")
         x = x + (more * weight(f"{name}.ls1.weight") if spec.layer_scale else more)
         inner = norm(x, f"{name}.ln2")
         wide = ACTIVATIONS[spec.activation](linear(inner, f"{name}.ffn_gate" if spec.gated else f"{name}.ffn_up"))
@@ -90,7 +90,7 @@ def reference_tower(
         stacked[block] = x
         x = merger.after(block, x, keys, grid)
     if spec.post_norm:
-        x = norm(x, "v.post_ln")
+        x = norm(x, spec.last_norm)
     stacks = [_squares(stacked[stack.block], grid, spec.merge, spec.pool) for stack in spec.deepstack]
     if spec.merge > 1:
         x = _squares(x[:, lead:], grid, spec.merge, spec.pool)
@@ -99,7 +99,26 @@ def reference_tower(
             cells = _squares(cls_attention[:, :, lead:].reshape(-1, grid[0] * grid[1], 1), grid, spec.merge, False)
             cls_attention = cells.sum(axis=-1).reshape(batch, spec.heads, -1)
     deepstack = np.concatenate(stacks, axis=-1) if stacks else None
-    return TowerOutput(x, cls_attention, last_keys, merger.owners, deepstack)
+    return TowerOutput(x, cls_attention, last_keys, merger.owners, deepstack, patches)
+
+
+def _attention(
+    query: Floats, key: Floats, value: Floats, log_sizes: Floats, near: NDArray[np.bool_] | None
+) -> tuple[Floats, Floats]:
+    """What rows take in, ``(B, heads, S, d)`` as the arguments, and what row 0 attends to, ``(B, heads, S)``.
+
+    One head at a time: the weights of all heads of a large picture are gigabytes.
+    """
+    taken, first = np.empty_like(value), np.empty(value.shape[:3], np.float32)
+    for head in range(value.shape[1]):
+        scores = query[:, head] @ key[:, head].transpose(0, 2, 1) / np.float32(math.sqrt(query.shape[-1]))
+        scores += log_sizes[:, None]
+        if near is not None:
+            scores[:, ~near] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        taken[:, head], first[:, head] = weights @ value[:, head], weights[:, 0]
+    return taken, first
 
 
 def _embedded(spec: TowerSpec, weight: Read, pixels: Floats, grid: tuple[int, int]) -> Floats:
@@ -216,18 +235,20 @@ def _corners(before: int, after: int) -> NDArray[np.float64]:
 _WAYS = {"bicubic": _cubic, "bilinear": _triangle, "corners": _corners}
 
 
-def reference_projector(spec: TowerSpec, mmproj: Mmproj, rows: Floats) -> Floats:
+def reference_projector(spec: TowerSpec, source: Source, rows: Floats) -> Floats:
     """``rows (n, token_width)``, deepstack features beside them, to language width."""
-    shapes = projector_shapes(spec, mmproj)
+    shapes = projector_shapes(spec, source)
 
     def projected(rows: Floats, steps: Sequence[Step]) -> Floats:
         for step in steps:
             weight, bias = (
-                mmproj.tensor(name, shapes[name]) if name in shapes else np.float32(0)
+                source.tensor(name, shapes[name]) if name in shapes else np.float32(0)
                 for name in (f"{step.name}.weight", f"{step.name}.bias")
             )
             if step.kind == "linear":
-                rows = np.asarray(rows @ np.asarray(weight).T + bias)
+                if step.by_channel:
+                    rows = rows.reshape(len(rows), spec.merge**2, -1).swapaxes(1, 2).reshape(rows.shape)
+                rows = np.asarray(rows @ (np.asarray(weight) if step.transposed else np.asarray(weight).T) + bias)
             elif step.kind == "layer_norm":
                 rows = layer_norm(rows, np.asarray(weight), np.asarray(bias), step.eps)
             elif step.kind == "rms_norm":

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from edge_tokcomp.families.tower_spec import Step, TowerSpec
 
-from .mmproj import Mmproj
+from .source import Source
 
 Shapes = dict[str, tuple[int, ...]]
-
 
 
 def tower_shapes(spec: TowerSpec) -> Shapes:
@@ -23,7 +22,7 @@ def tower_shapes(spec: TowerSpec) -> Shapes:
         shapes["v.patch_embd.bias"] = (width,)
     if spec.class_token:
         shapes["v.class_embd"] = (width,)
-    norms = ["v.pre_ln"] * spec.pre_norm + ["v.post_ln"] * spec.post_norm
+    norms = ["v.pre_ln"] * spec.pre_norm + [spec.last_norm] * spec.post_norm
     linears: dict[str, tuple[int, int]] = {}
     for block in range(spec.blocks):
         name = f"v.blk.{block}"
@@ -38,7 +37,7 @@ def tower_shapes(spec: TowerSpec) -> Shapes:
     for name in norms:
         shapes |= _with_bias(name, (width,), spec.bias and spec.norm == "layer")
     for name, shape in linears.items():
-        shapes |= _with_bias(name, shape, spec.bias)
+        shapes |= _with_bias(name, shape, spec.bias and (spec.qkv_bias or not name.endswith(("_q", "_k", "_v"))))
     return shapes
 
 
@@ -47,32 +46,39 @@ def patch_weights(spec: TowerSpec) -> list[str]:
     return ["v.patch_embd.weight"] + [f"v.patch_embd.weight.{number}" for number in range(1, spec.patch_slices)]
 
 
-def projector_shapes(spec: TowerSpec, mmproj: Mmproj) -> Shapes:
+def projector_shapes(spec: TowerSpec, source: Source) -> Shapes:
     """Of the projector, and of those of the deepstack features: linears, each as wide as the one before it ends."""
-    shapes = _step_shapes(spec.projector, spec.token_width, mmproj)
+    shapes = _step_shapes(spec.projector, spec.token_width, source)
     for stack in spec.deepstack:
-        shapes |= _step_shapes(stack.projector, spec.token_width, mmproj)
+        shapes |= _step_shapes(stack.projector, spec.token_width, source)
     if spec.separator:
-        shapes[spec.separator] = (language_width(spec, mmproj),)
+        shapes[spec.separator] = (language_width(spec, source),)
     return shapes
 
 
-def language_width(spec: TowerSpec, mmproj: Mmproj) -> int:
+def language_width(spec: TowerSpec, source: Source) -> int:
     """Width of the rows that the projector writes, deepstack features not counted."""
     last = [step for step in spec.projector if step.kind == "linear"][-1]
-    return mmproj.shape(f"{last.name}.weight")[0]
+    return _into(last, source)
 
 
-def _step_shapes(steps: Sequence[Step], width: int, mmproj: Mmproj) -> Shapes:
+def _step_shapes(steps: Sequence[Step], width: int, source: Source) -> Shapes:
     shapes: Shapes = {}
     for step in steps:
         if step.kind == "linear":
-            into = mmproj.shape(f"{step.name}.weight")[0]
-            shapes |= _with_bias(step.name, (into, width), step.bias)
+            into = _into(step, source)
+            shapes[f"{step.name}.weight"] = (width, into) if step.transposed else (into, width)
+            if step.bias:
+                shapes[f"{step.name}.bias"] = (into,)
             width = into
         elif step.name:
             shapes |= _with_bias(step.name, (width,), step.bias)
     return shapes
+
+
+def _into(step: Step, source: Source) -> int:
+    """What a linear widens or narrows its rows to."""
+    return source.shape(f"{step.name}.weight")[-1 if step.transposed else 0]
 
 
 def _with_bias(name: str, shape: tuple[int, ...], bias: bool) -> Shapes:

@@ -1,4 +1,6 @@
-"""An mmproj GGUF turned into a directory that ``edge_tokcomp.tower.Tower`` runs, checked, and cached.
+"""A source of towers turned into a directory that ``edge_tokcomp.tower.Tower`` runs, checked, and cached.
+
+Sources are an mmproj GGUF and the folder of a Hugging Face checkpoint.
 
 A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``) and ``tower.json``: the ``TowerSpec``,
 what was exported from what, the check's figures, and size and checksum of every file. It is built aside and renamed
@@ -21,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -29,19 +31,22 @@ from threadpoolctl import threadpool_limits
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import family_for
 from edge_tokcomp.families.tower_spec import TowerSpec
+from edge_tokcomp.tower import Precision
 from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .building import discard, folder_aside, put, refuse_taken
 from .check import EXACT, Check, Reference, check_tower
+from .hf_checkpoint import Checkpoint
 from .mmproj import Mmproj
 from .shapes import language_width, projector_shapes, tower_shapes
+from .source import Source
 from .vit import key_block, write_projector, write_tower
 
 EXPORTER = 3
 """Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
 
-Precision = Literal["fp32", "int8"]
-"""int8 stores and multiplies the blocks' matrices in 8 bits, quantising activations as they come: for CPUs."""
+_MOST_BYTES = 1 << 20
+"""Of a description; it has a few thousand."""
 
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
 # Rungs of int8, fastest first: what stays in float32. A sharp attention suffers in the queries and keys, outliers in
@@ -50,7 +55,7 @@ _LEFT_ALONE: tuple[tuple[str, ...], ...] = ((), ("attn_q", "attn_k"), ("ffn_down
 
 # Cosines that differ by less may order themselves either way. int8 moves them by more than anything can be held to:
 # there the reference merges what the export merges.
-_SLACK: dict[Precision, float] = {"fp32": EXACT, "int8": 4.0}
+_SLACK: dict[Precision, float] = {"fp32": EXACT, "fp16": 4.0, "int8": 4.0}
 
 _log = logging.getLogger(__name__)
 
@@ -71,16 +76,17 @@ class TowerFiles:
 
 
 def export_tower(
-    mmproj: str | os.PathLike[str], directory: str | os.PathLike[str], precision: Precision = "fp32"
+    source: str | os.PathLike[str], directory: str | os.PathLike[str], precision: Precision = "fp32"
 ) -> TowerFiles:
-    """Export ``mmproj`` into a new ``directory``; raises ``TokcompError`` if it exists or the file cannot be exported.
+    """Export ``source``, an mmproj GGUF or a checkpoint's folder, into a new ``directory``; raises ``TokcompError`` if
+    that exists or the source cannot be exported.
 
     Every export is run against the NumPy reference on one seeded picture; one beyond tolerance is an error. int8 takes
     the fastest choice of layers that stays within it.
     """
     target = Path(directory)
     refuse_taken(target)
-    with _built(_Order(Path(mmproj), _sha256(Path(mmproj)), precision), target.parent) as partial:
+    with _built(_Order(Path(source), precision), target.parent) as partial:
         put(partial, target)
     return _read(target)
 
@@ -95,13 +101,16 @@ def cached_tower(
 ) -> TowerFiles:
     """The tower of ``mmproj`` from the cache, built there when it is missing or damaged; raises ``TokcompError``.
 
+    ``mmproj`` may be an exported directory, which is taken as it is: with no other precision, and without merges.
     The key is the SHA-256 of the file, the exporter's version, the precision and the merges of ``variant``; ``grid``
     alone needs no tower of its own. ``UsageError`` for merges that the tower cannot do. ``cache`` defaults to
     ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder. ``threads``: of BLAS while a tower is built and
     checked; as many as it has by default.
     """
+    if os.path.isdir(mmproj):
+        return _exported(Path(os.path.abspath(mmproj)), precision, variant)
     home = Path(cache) if cache is not None else cache_directory()
-    order = _Order(Path(mmproj), _sha256(Path(mmproj)), precision, threads)
+    order = _Order(Path(mmproj), precision, _sha256(Path(mmproj)), threads)
     if not variant.merges:
         return replace(_cached(order, home), variant=variant)
     return _cached(replace(order, variant=variant), home)
@@ -109,11 +118,12 @@ def cached_tower(
 
 @dataclass(frozen=True)
 class _Order:
-    """A tower to be built: of the file ``source`` whose SHA-256 is ``digest``, with ``threads`` for BLAS."""
+    """A tower to be built of ``source``, with ``threads`` for BLAS. ``digest``: the SHA-256 of its file, if it is known
+    already."""
 
     source: Path
-    digest: str
     precision: Precision
+    digest: str | None = None
     threads: int | None = None
     variant: TowerVariant = PLAIN
 
@@ -121,6 +131,8 @@ class _Order:
     def folder(self) -> str:
         """Its name in the cache."""
         merging = f"-{hashlib.sha256(str(self.variant).encode()).hexdigest()[:16]}" if self.variant.merges else ""
+        if self.digest is None:
+            raise ValueError("the folder in the cache is named by the file's digest")
         return f"{self.digest[:32]}-v{EXPORTER}-{self.precision}{merging}"
 
 
@@ -156,18 +168,19 @@ def cache_directory() -> Path:
     return Path(os.environ.get(variable) or Path.home() / fallback) / "edge-tokcomp"
 
 
-def _opened(order: _Order) -> tuple[Mmproj, TowerSpec]:
-    """The file and the tower in it; raises ``TokcompError`` unless what is ordered can be built of them."""
+def _opened(order: _Order) -> tuple[Source, TowerSpec]:
+    """The source and the tower in it; raises ``TokcompError`` unless what is ordered can be built of them."""
     if order.precision not in get_args(Precision):
         raise UsageError(f"unknown precision {order.precision!r}; one of {', '.join(get_args(Precision))}")
-    mmproj = Mmproj(order.source)
+    source = Checkpoint(order.source) if order.source.is_dir() else Mmproj(order.source)
     try:
-        spec = family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
+        spec = family_for(source.metadata).spec(source.metadata, source.shapes)
     except TokcompError as fault:
-        raise TokcompError(f"{order.source}: {fault}") from fault
-    mmproj.require(tower_shapes(spec) | projector_shapes(spec, mmproj))
-    _final_grid(spec, order.variant)
-    return mmproj, spec
+        advice = str(fault).replace(Mmproj.again, source.again)  # Families know of mmproj files only.
+        raise type(fault)(f"{order.source}: {advice}") from fault
+    source.require(tower_shapes(spec) | projector_shapes(spec, source))
+    _final_grid(spec, order.variant, order.precision)
+    return source, spec
 
 
 @contextmanager
@@ -176,20 +189,21 @@ def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iter
 
     ``plain``: the tower without merges, where ``order`` has some.
     """
-    mmproj, spec = _opened(order)
+    source, spec = _opened(order)
+    digest = order.digest or _sha256(*source.files)
     with folder_aside(beside) as partial:
         try:
             with threadpool_limits(limits=order.threads, user_api="blas"):
                 if plain is None:
-                    check, left_alone = _write_graphs(spec, mmproj, partial, order.precision)
+                    check, left_alone = _write_graphs(spec, source, partial, order.precision)
                 else:
-                    check, left_alone = _write_variant(plain, mmproj, partial, order.variant), plain.left_in_fp32
+                    check, left_alone = _write_variant(plain, source, partial, order.variant), plain.left_in_fp32
             _log.info("%s tower (%s) of %s: %s", order.precision, order.variant, order.source, check)
             files = {
                 path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())
             }
             body = {
-                "exporter": EXPORTER, "source": order.source.name, "source_sha256": order.digest,
+                "exporter": EXPORTER, "source": order.source.absolute().name, "source_sha256": digest,
                 "precision": order.precision, "left_in_fp32": left_alone, "variant": str(order.variant),
                 "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
             }  # fmt: skip
@@ -200,29 +214,36 @@ def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iter
         yield partial
 
 
-def _write_graphs(spec: TowerSpec, mmproj: Mmproj, into: Path, precision: Precision) -> tuple[Check, tuple[str, ...]]:
-    reference = Reference.of(spec, mmproj)
+def _write_graphs(spec: TowerSpec, source: Source, into: Path, precision: Precision) -> tuple[Check, tuple[str, ...]]:
+    reference = Reference.of(spec, source)
     if not np.isfinite(reference.embeddings).all():
-        raise TokcompError(f"{mmproj.path}: its weights give no finite numbers; download or convert it again")
-    write_projector(spec, mmproj, into / "projector.onnx")
+        raise TokcompError(f"{source.path}: its weights give no finite numbers; download or convert it again")
+    half = precision == "fp16"
+    write_projector(spec, source, into / "projector.onnx", half)
     if spec.separator:
-        np.save(into / "separator.npy", mmproj.tensor(spec.separator, (language_width(spec, mmproj),)))
+        np.save(into / "separator.npy", source.tensor(spec.separator, (language_width(spec, source),)))
     if precision == "fp32":
-        write_tower(spec, mmproj, into / "tower.onnx")
+        write_tower(spec, source, into / "tower.onnx")
         check = check_tower(into, reference)
         if not check.exact:
-            raise TokcompError(f"{mmproj.path}: its export differs from the source ({check}); please report this file")
+            raise TokcompError(f"{source.path}: its export differs from the source ({check}); please report this file")
+        return check, ()
+    if precision == "fp16":
+        write_tower(spec, source, into / "tower.onnx", half=True)
+        check = check_tower(into, reference)
+        if not check.close:
+            raise TokcompError(f"{source.path}: fp16 loses too much of this tower ({check}); use precision fp32")
         return check, ()
     for left_alone in _LEFT_ALONE:
-        write_tower(spec, mmproj, into / "tower.onnx", int8=[name for name in _LINEARS if name not in left_alone])
+        write_tower(spec, source, into / "tower.onnx", int8=[name for name in _LINEARS if name not in left_alone])
         check = check_tower(into, reference)
         if check.close:
             return check, left_alone
         _log.info("int8 with %s in fp32: %s, not enough", ", ".join(left_alone) or "nothing", check)
-    raise TokcompError(f"{mmproj.path}: int8 loses too much of this tower ({check}); use precision fp32")
+    raise TokcompError(f"{source.path}: int8 loses too much of this tower ({check}); use precision fp32")
 
 
-def _write_variant(plain: TowerFiles, mmproj: Mmproj, into: Path, variant: TowerVariant) -> Check:
+def _write_variant(plain: TowerFiles, source: Source, into: Path, variant: TowerVariant) -> Check:
     """The tower of ``plain`` with the merges of ``variant``, over the same weights."""
     spec = plain.spec
     for name in ("tower.onnx.data", "projector.onnx", "projector.onnx.data", *["separator.npy"] * bool(spec.separator)):
@@ -231,18 +252,20 @@ def _write_variant(plain: TowerFiles, mmproj: Mmproj, into: Path, variant: Tower
         except OSError:  # Some disks have no links.
             shutil.copyfile(plain.directory / name, into / name)
     int8 = [name for name in _LINEARS if name not in plain.left_in_fp32] if plain.precision == "int8" else []
-    write_tower(spec, mmproj, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
-    check = check_tower(into, Reference.of_variant(spec, mmproj, variant, into, _SLACK[plain.precision]))
+    write_tower(spec, source, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
+    check = check_tower(into, Reference.of_variant(spec, source, variant, into, _SLACK[plain.precision]))
     if plain.precision == "fp32" and not check.exact:
         raise TokcompError(
-            f"{mmproj.path}: its export ({variant}) differs from the source ({check}); please report this file"
+            f"{source.path}: its export ({variant}) differs from the source ({check}); please report this file"
         )
     if plain.precision == "int8" and not check.close:
-        raise TokcompError(f"{mmproj.path}: int8 loses too much of this tower ({variant}; {check}); use precision fp32")
+        raise TokcompError(f"{source.path}: int8 loses too much of this tower ({variant}; {check}); use precision fp32")
     return check
 
 
-def _final_grid(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
+def _final_grid(spec: TowerSpec, variant: TowerVariant, precision: Precision) -> tuple[int, int]:
+    if variant.merges and precision == "fp16":
+        raise UsageError(f"patches cannot be merged inside a tower of fp16 ({variant}); use precision fp32 or int8")
     if variant.merges and (spec.merge > 1 or spec.rotary or spec.window or spec.deepstack):
         raise UsageError(
             f"{spec.family}: patches cannot be merged inside this tower ({variant}); choose a method that acts after it"
@@ -267,10 +290,34 @@ def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None
             discard(target)
 
 
+def _exported(directory: Path, precision: Precision, variant: TowerVariant) -> TowerFiles:
+    """The tower in a directory that a user names; raises ``TokcompError`` unless it is what is asked for."""
+    if not (directory / "tower.json").exists() and (directory / "config.json").exists():
+        raise UsageError(
+            f"{directory}: a checkpoint; build its tower first: edge-tokcomp export --hf {directory} --out TOWER"
+        )
+    files = _read(directory)
+    if files.precision != precision:
+        raise UsageError(
+            f"{directory}: a tower of precision {files.precision}, not {precision}; ask for precision "
+            f"{files.precision}, or export another"
+        )
+    if variant.merges:
+        raise UsageError(
+            f"{directory}: patches cannot be merged inside a tower that is built ({variant}); name the mmproj file, or "
+            "choose a method that acts after the tower"
+        )
+    return replace(files, variant=variant)
+
+
 def _read(directory: Path, variant: TowerVariant = PLAIN) -> TowerFiles:
     """The description of a directory whose files all are as they were written; raises ``TokcompError``."""
     try:
+        if (directory / "tower.json").stat().st_size > _MOST_BYTES:
+            raise TokcompError(f"{directory}: tower.json is damaged")
         body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
+        if body["exporter"] != EXPORTER:
+            raise TokcompError(f"{directory}: written by another version of edge-tokcomp; export the tower again")
         if body.pop("crc32") != _crc32_of(body) or body["variant"] != str(variant) or not body["files"]:
             raise TokcompError(f"{directory}: tower.json is damaged")
         for name, wanted in body["files"].items():
@@ -279,18 +326,19 @@ def _read(directory: Path, variant: TowerVariant = PLAIN) -> TowerFiles:
                 raise TokcompError(f"{path} is damaged")
         spec, check = TowerSpec.from_dict(body["spec"]), Check(**body["check"])
         return TowerFiles(directory, spec, body["precision"], check, tuple(body["left_in_fp32"]), variant)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise TokcompError(f"{directory}: not an exported tower ({fault})") from fault
 
 
-def _sha256(path: Path) -> str:
+def _sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError as fault:
-        raise TokcompError(f"{path}: cannot be read ({fault.strerror})") from fault
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as fault:
+            raise TokcompError(f"{path}: cannot be read ({fault.strerror})") from fault
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A vision tower and its projector as ONNX graphs, from a ``TowerSpec`` and an mmproj's tensors."""
+"""A vision tower and its projector as ONNX graphs, from a ``TowerSpec`` and a source's tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from edge_tokcomp.variant import PLAIN, TowerVariant
 
 from .attention import Attention, Sizes
 from .graph import Floats, Graph, Weight
-from .mmproj import Mmproj
 from .oim import Merger
 from .patches import Grid, embedded, rotary_tables
-from .shapes import Shapes, projector_shapes, tower_shapes
+from .shapes import Shapes, language_width, projector_shapes, tower_shapes
+from .source import Source
 from .windows import Windows
 
 TRIAL_GRID = (10, 14)
@@ -41,55 +41,58 @@ def picture_size(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
 
 def write_tower(
     spec: TowerSpec,
-    mmproj: Mmproj,
+    source: Source,
     path: Path,
     int8: Collection[str] = (),
     variant: TowerVariant = PLAIN,
     weights: Path | None = None,
+    half: bool = False,
 ) -> None:
-    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, token_width)``, ``keys (B, rows, D)``,
-    with a CLS ``cls_attention (B, heads, rows)`` and with deepstack ``deepstack (B, rows, levels * token_width)``, all
-    float32.
+    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, token_width)``, ``keys (B, P, D)``, with
+    a CLS ``cls_attention (B, heads, rows)``, without ``queries (B, P, D)``, and with deepstack ``deepstack (B, rows,
+    levels * token_width)``, all float32.
 
     ``features`` are the output of block ``spec.blocks - 1``, normalised where the spec says so, a row a token, a CLS
     row first where patches are tokens; ``cls_attention`` holds the softmax weights of the CLS query in block
-    ``key_block``, summed over the patches of a token; ``keys`` its keys of all heads, averaged over them.
+    ``key_block``, summed over the patches of a token; ``keys`` and ``queries`` those of all heads of that block, a row
+    a patch, a CLS row first where patches are tokens.
     H and W are any multiples of ``spec.unit``; the positions are stretched to them as transformers does.
 
     With the merges of ``variant``, which its ``final_grid`` has accepted, H and W are fixed, and ``owner_0``,
     ``owner_1``, ... ``(B, N) int64`` say after each merge which cell every patch of the picture is in. ``weights``: the
-    path of the plain tower's graph, whose data file then serves this one.
+    path of the plain tower's graph, whose data file then serves this one. ``int8``: the blocks' linears that multiply
+    8-bit integers; ``half``: all is computed in 16 bits.
     """
-    with Graph(path, weights) as graph:
+    with Graph(path, weights, half) as graph:
         size = picture_size(spec, variant) if variant.merges else ("height", "width")
         pixels = graph.input("pixels", ("batch", 3, *size))
-        _Tower(graph, spec, _Weights(mmproj, tower_shapes(spec)), int8, variant).write(pixels)
+        _Tower(graph, spec, _Weights(source, tower_shapes(spec)), int8, variant).write(pixels)
         graph.save({name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads", "unit")})
 
 
-def write_projector(spec: TowerSpec, mmproj: Mmproj, path: Path) -> None:
+def write_projector(spec: TowerSpec, source: Source, path: Path, half: bool = False) -> None:
     """Write the graph ``rows (n, token_width) float32`` -> ``embeddings (n, d)``; with deepstack both are as many times
     as wide as there are levels and one, the usual features first."""
-    shapes = projector_shapes(spec, mmproj)
-    weights = _Weights(mmproj, shapes)
+    shapes = projector_shapes(spec, source)
+    weights = _Weights(source, shapes)
     stacks = [spec.projector, *(stack.projector for stack in spec.deepstack)]
-    with Graph(path) as graph:
-        rows = graph.input("rows", ("n", spec.token_width * len(stacks)))
+    with Graph(path, half=half) as graph:
+        rows = graph.rows(graph.input("rows", ("n", spec.token_width * len(stacks))))
         parts = [rows]
         if spec.deepstack:
             lengths = graph.ints(*[spec.token_width] * len(stacks))
             parts = graph.split(rows, lengths, len(stacks), axis=1)
-        made = [_projected(graph, part, steps, weights) for part, steps in zip(parts, stacks, strict=True)]
-        last = [step for step in spec.projector if step.kind == "linear"][-1]
-        width = shapes[f"{last.name}.weight"][0] * len(stacks)
+        made = [_projected(graph, part, steps, weights, spec) for part, steps in zip(parts, stacks, strict=True)]
+        width = language_width(spec, source) * len(stacks)
         graph.output(made[0] if len(made) == 1 else graph.node("Concat", *made, axis=1), "embeddings", ("n", width))
         graph.save()
 
 
-def _projected(graph: Graph, x: str, steps: Sequence[Step], weights: _Weights) -> str:
+def _projected(graph: Graph, x: str, steps: Sequence[Step], weights: _Weights, spec: TowerSpec) -> str:
     for step in steps:
         if step.kind == "linear":
-            x = graph.linear(x, step.name, weights(f"{step.name}.weight"), weights.bias(step.name, step.bias))
+            weight = partial(_by_patch, weights(f"{step.name}.weight"), step, spec.merge**2)
+            x = graph.linear(x, step.name, weight, weights.bias(step.name, step.bias))
         elif step.kind in ("layer_norm", "rms_norm"):
             scale, shift = weights(f"{step.name}.weight"), weights.bias(step.name, step.bias)
             x = graph.norm(x, step.name, scale, shift, step.eps, step.kind)
@@ -102,11 +105,11 @@ def _projected(graph: Graph, x: str, steps: Sequence[Step], weights: _Weights) -
 class _Weights:
     """Reads tensors of the file by name, when they are to be written."""
 
-    mmproj: Mmproj
+    source: Source
     shapes: Shapes
 
     def __call__(self, name: str) -> Weight:
-        return partial(self.mmproj.tensor, name, self.shapes[name])
+        return partial(self.source.tensor, name, self.shapes[name])
 
     def bias(self, name: str, there: bool = True) -> Weight | None:
         return self(f"{name}.bias") if there and f"{name}.bias" in self.shapes else None
@@ -170,7 +173,7 @@ class _Tower:
         """``features`` of the last block, and ``deepstack`` of those before."""
         graph, spec = self.graph, self.spec
         if spec.post_norm:
-            x = self.norm(x, "v.post_ln")
+            x = self.norm(x, spec.last_norm)
         if spec.merge > 1:
             x = grid.tokens(self.without_cls(x), spec.width, pool=spec.pool)
         graph.output(x, "features", ("batch", rows, spec.token_width))
@@ -179,14 +182,16 @@ class _Tower:
             graph.output(deepstack, "deepstack", ("batch", rows, spec.token_width * len(stacked)))
 
     def describe(self, attention: Attention, grid: Grid, merger: Merger, join: Callable[[str], str] | None) -> None:
-        """``keys`` and ``cls_attention`` of one block."""
+        """``keys``, and ``cls_attention`` or ``queries``, of one block."""
         graph, spec, rows = self.graph, self.spec, self.rows(merger)
-        key = attention.key if join is None else join(attention.key)
-        if spec.merge > 1:
-            key = grid.tokens(self.without_cls(key), spec.width, pool=True)
-        # Averaged over heads only when asked for: ONNX Runtime computes all outputs, whichever it returns.
-        graph.output(key, "keys", ("batch", rows, spec.width))
-        if spec.class_token:
+        query, key = (x if join is None else join(x) for x in (attention.query, attention.key))
+        # Averaged over heads and squares only when asked for, as attention is taken of queries and keys: ONNX Runtime
+        # computes all outputs, whichever it returns.
+        patches = "patches" if spec.merge > 1 else rows
+        graph.output(self.without_cls(key) if spec.merge > 1 else key, "keys", ("batch", patches, spec.width))
+        if not spec.class_token:
+            graph.output(query, "queries", ("batch", patches, spec.width))
+        else:
             weights = attention.first_row()
             if spec.merge > 1:
                 patches = graph.node("Slice", weights, graph.ints(1), graph.ints(_END), graph.ints(2))
@@ -238,6 +243,14 @@ def halves(width: int, heads: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]
     size = width // heads
     within = np.arange(size).reshape(size // 2, 2).T.ravel()
     return np.asarray((np.arange(heads)[:, None] * size + within).ravel())
+
+
+def _by_patch(read: Weight, step: Step, patches: int) -> Floats:
+    """A projector's weight ``(out, in)`` for rows that hold the ``patches`` of a square one after another."""
+    weight = read().T if step.transposed else read()
+    if step.by_channel:
+        weight = weight.reshape(len(weight), -1, patches).transpose(0, 2, 1).reshape(weight.shape)
+    return weight
 
 
 def _ordered(read: Weight, order: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:

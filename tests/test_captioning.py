@@ -101,7 +101,7 @@ def test_a_record_says_what_was_chosen_and_why(vlm: VLM, tmp_path: Path, monkeyp
     _, (record,) = run(vlm, pictures(tmp_path / "p", 1))
     written = chat_prompt(vlm.model, PARAMETERS.prompt, 1)
     assert record.choices == {
-        "provider": vlm.engine.tower.provider_reason, "precision": "fp32", "n_ctx": vlm.decoder.n_ctx, "threads": 1,
+        "engine": "onnx", "provider": vlm.engine.reason, "precision": "fp32", "n_ctx": vlm.decoder.n_ctx, "threads": 1,
         "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
     plain = vlm.answer

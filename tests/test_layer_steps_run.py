@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import Pair
 from numpy.typing import NDArray
-from reference_language import Prompt, ReferenceLanguage
 
 from edge_tokcomp import evaluation
 from edge_tokcomp.cli import main
@@ -28,6 +27,7 @@ from edge_tokcomp.parameters import hash_of_model
 from edge_tokcomp.tokens import Rows
 from edge_tokcomp.vlm import VLM, load
 from picture_files import pictures
+from reference_language import Prompt, ReferenceLanguage
 from tiny_mmproj import write_mmproj
 from tiny_models import write_tiny_llama, write_tiny_model
 

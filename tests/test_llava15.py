@@ -150,7 +150,6 @@ def test_a_file_is_known_by_either_spelling_or_the_oldest_flag(tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "drop", "message"),
     [
-        ({"clip.vision.image_grid_pinpoints": [336, 672]}, (), r"LLaVA-1\.6\) is not supported"),
         ({"clip.projector_type": None, "clip.has_llava_projector": None}, (), "of no stated type"),
         ({}, ("v.class_embd",), "no class token"),
         ({}, ("mm.2.weight",), "two-layer MLP"),
@@ -164,7 +163,7 @@ def test_relatives_that_work_otherwise_are_refused(tmp_path, edit, drop, message
 
 def test_families_are_found_by_name():
     assert family_named("llava15") == Llava15()
-    with pytest.raises(TokcompError, match="unknown model family 'llava9'; known: llava15"):
+    with pytest.raises(TokcompError, match=r"unknown model family 'llava9'; known: .*llava15"):
         family_named("llava9")
 
 

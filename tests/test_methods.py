@@ -201,7 +201,7 @@ def test_integer_features_and_images_without_patches_are_programming_faults():
 def test_a_missing_input_is_named_with_what_to_do_even_when_nothing_is_compressed():
     tokens = VisionTokens(np.ones((9, 4), np.float32), Layout.of_grids((3, 3)))
     for keep in (3, 9):
-        with pytest.raises(TokcompError, match=r"needs the CLS attention.*prunesid-paper.*score=projection"):
+        with pytest.raises(TokcompError, match=r"needs the attention.*prunesid-paper.*score=projection"):
             get_method("prunesid").compress(tokens, keep)
 
 

@@ -33,7 +33,7 @@ def numbers(rows: np.ndarray, total: int) -> list[int]:
 
 def next_layout(cls_rows: bool = True) -> Layout:
     """LLaVA-NeXT's: an overview and 2 x 2 crops of 24 x 24, a separator behind each."""
-    layout = Layout.of_grids(*[(SIDE, SIDE)] * 5, cls_rows=cls_rows, overview=True)
+    layout = Layout.of_grids(*[(SIDE, SIDE)] * 5, cls_rows=cls_rows, overview=0)
     rows = SIDE * SIDE + cls_rows
     return with_separators(layout, [rows * crop for crop in range(1, 6)])
 
@@ -82,7 +82,7 @@ def test_crops_share_the_budget_to_the_last_token(keep, parts):
 
 
 def test_crops_of_different_grids_share_in_proportion_to_their_patches():
-    layout = Layout.of_grids((12, 12), (12, 24), (24, 24), cls_rows=True, overview=True)
+    layout = Layout.of_grids((12, 12), (12, 24), (24, 24), cls_rows=True, overview=0)
     plan = get_method("prunesid").compress(image(layout), 70)
     assert np.bincount(layout.crop[plan.keep]).tolist() == [10, 20, 40]
 
@@ -155,7 +155,7 @@ def test_an_overlay_shows_places_whatever_the_order(vlm: VLM):
 
 @pytest.mark.parametrize("order", ["raster", "released"])
 def test_the_rows_of_each_crop_go_where_its_number_stands(vlm: VLM, order):
-    layout = with_separators(Layout.of_grids((6, 6), (5, 6), (4, 4), cls_rows=True, overview=True), [20, 37])
+    layout = with_separators(Layout.of_grids((6, 6), (5, 6), (4, 4), cls_rows=True, overview=0), [20, 37])
     tokens = numbered(layout)
     picture = wrap_image(Pil.new("RGB", (4, 4)), max_pixels=99)
     seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, PLAIN, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reference_language import Prompt, ReferenceLanguage
 
 from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.export.demo.questions import ask_all
@@ -15,6 +14,7 @@ from edge_tokcomp.methods.layer_step import LayerStep
 from edge_tokcomp.methods.layer_steps import read_layer_step
 from edge_tokcomp.models import DEMO_MMPROJ
 from edge_tokcomp.vlm import load
+from reference_language import Prompt, ReferenceLanguage
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,8 @@ def test_the_models_hash_depends_on_its_files_and_on_how_it_was_loaded(vlm: VLM,
     assert base == hash_of_model(vlm)
     changes: list[dict[str, object]] = [
         {"lm": other}, {"mmproj": other}, {"method": get_method("pool")}, {"method": get_method("todre:form=k_center")},
-        {"keep": 5}, {"seed": 9}, {"engine": SimpleNamespace(precision="int8")},
+        {"keep": 5}, {"seed": 9}, {"engine": SimpleNamespace(name="onnx", precision="int8")},
+        {"engine": SimpleNamespace(name="mtmd", precision="fp32")},
         {"decoder": SimpleNamespace(n_ctx=77)}, {"sharing": Sharing("batch")}, {"sharing": Sharing("running")},
         {"sharing": Sharing(0.5)}, {"sharing": Sharing(0.6)},
         {"layer_steps": read_layer_steps("fastv@1:0.5")}, {"layer_steps": read_layer_steps("fastv@1:0.6")},

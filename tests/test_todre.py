@@ -8,12 +8,12 @@ import pytest
 from edge_tokcomp.methods import get_method, selection
 from edge_tokcomp.methods.kernels import settle, top_k, unit_rows
 from edge_tokcomp.methods.selection import Cosines, greedy
-from edge_tokcomp.tokens import Layout, VisionTokens
+from edge_tokcomp.tokens import Layout, Role, VisionTokens
 
 FORMS = ["max_sum", "k_center"]
 
 
-def image(*grids, seed=0, attention=True, cls_rows=False, overview=False) -> VisionTokens:
+def image(*grids, seed=0, attention=True, cls_rows=False, overview=None) -> VisionTokens:
     return tokens_of(Layout.of_grids(*grids, cls_rows=cls_rows, overview=overview), seed, attention)
 
 
@@ -61,11 +61,13 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(form):
 
 
 @pytest.mark.parametrize("cls_rows", [False, True])
-def test_the_pivot_is_looked_for_in_the_overview_only_but_tokens_come_from_every_crop(cls_rows):
-    tokens = image((4, 4), (6, 6), (6, 6), cls_rows=cls_rows, overview=True)
+@pytest.mark.parametrize("overview", [0, 2])
+def test_the_pivot_is_looked_for_in_the_overview_only_but_tokens_come_from_every_crop(cls_rows, overview):
+    tokens = image((4, 4), (6, 6), (6, 6), cls_rows=cls_rows, overview=overview)
     tokens.cls_attention[:, [0, 30]] = 0, 1
     plan = get_method("todre").compress(tokens, 20)
-    assert plan.rank[0] == tokens.cls_attention[:, : 16 + cls_rows].mean(axis=0).argmax()
+    searched = (tokens.layout.crop == overview) & (tokens.layout.role == Role.PATCH)
+    assert plan.rank[0] == np.where(searched, tokens.cls_attention.mean(axis=0), -1).argmax()
     if cls_rows:
         return
     assert plan.rank.tolist() == slow_todre(tokens.embeddings, int(plan.rank[0]), 20, "max_sum")
@@ -90,12 +92,12 @@ def test_crops_that_are_no_overview_are_equals():
     assert get_method("todre").compress(tokens, 5).rank[0] == 30
 
 
-@pytest.mark.parametrize("overview", [True, False])
+@pytest.mark.parametrize("overview", [0, None])
 def test_without_attention_the_pivot_is_the_most_typical_token_of_the_overview_or_of_all(overview):
     tokens = image((5, 5), (6, 6), attention=False, overview=overview)
     plan = get_method("todre").compress(tokens, 12)
     unit = tokens.embeddings / np.linalg.norm(tokens.embeddings, axis=1, keepdims=True)
-    among = unit[:25] if overview else unit
+    among = unit if overview is None else unit[:25]
     assert plan.rank[0] == np.argmax(among @ among.mean(axis=0))
     assert plan.rank.tolist() == slow_todre(tokens.embeddings, int(plan.rank[0]), 12, "max_sum")
     assert plan.stats["pivot_by_attention"] == 0

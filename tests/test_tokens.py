@@ -40,8 +40,11 @@ def test_frames_are_crops_in_time_and_none_is_an_overview():
     assert layout.grids == ((1, 2),) * 3
     assert layout.crop.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert layout.cell.tolist() == [-1, 0, 1] * 3
-    assert not layout.overview
-    assert Layout.of_grids((1, 2), (1, 2), overview=True).overview
+    assert layout.overview is None
+    assert Layout.of_grids((1, 2), (1, 2), overview=1).overview == 1
+    for wrong in (2, -1, True):
+        with pytest.raises(ValueError, match=f"overview {wrong} is none of 2 crops"):
+            Layout.of_grids((1, 2), (1, 2), overview=wrong)
     with pytest.raises(ValueError, match="0 frames"):
         Layout.of_frames(0, (2, 2))
 

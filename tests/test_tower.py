@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.export import tower_files
+from edge_tokcomp.export import check, tower_files
 from edge_tokcomp.export.check import check_tower
 from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.export.reference import reference_projector, reference_tower
@@ -21,6 +21,7 @@ from edge_tokcomp.export.tower_files import cache_directory, cached_tower, expor
 from edge_tokcomp.export.vit import write_projector, write_tower
 from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Tower
+from edge_tokcomp.variant import Merge, TowerVariant
 from tiny_mmproj import MLP, write_mmproj
 
 
@@ -111,6 +112,28 @@ def test_int8_stays_close_to_transformers_and_is_a_third_of_the_size(tmp_path):
     assert small.check.cosine == pytest.approx(cosine.mean(), abs=1e-3)
     sizes = [(files.directory / "tower.onnx.data").stat().st_size for files in (small, large)]
     assert sizes[0] < sizes[1] / 3
+
+
+def test_fp16_stays_within_its_rounding_of_transformers_and_is_half_the_size(tmp_path):
+    tiny = write_mmproj(tmp_path / "m.gguf", kind=Kind.F16, width=128, ffn=512)
+    small = export_tower(tiny.path, tmp_path / "fp16", "fp16")
+    whole = export_tower(tiny.path, tmp_path / "fp32")
+    found, wanted = (
+        Tower(files.directory, provider="cpu", threads=1).encode(pictures(1, 48)).features for files in (small, whole)
+    )
+    assert found.dtype == np.float32
+    assert 1e-5 < error(found, wanted) < 5e-3
+    for name in ("tower.onnx.data", "projector.onnx.data"):
+        assert (small.directory / name).stat().st_size < 0.6 * (whole.directory / name).stat().st_size
+    merging = TowerVariant(merges=(Merge(0, 1, 0),))
+    with pytest.raises(UsageError, match="cannot be merged inside a tower of fp16"):
+        cached_tower(tiny.path, "fp16", tmp_path / "cache", variant=merging)
+
+
+def test_fp16_that_overflows_is_refused(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(check, "NEAR", 0.0)
+    with pytest.raises(TokcompError, match="fp16 loses too much of this tower"):
+        export_tower(tiny.path, tmp_path / "fp16", "fp16")
 
 
 def test_int8_leaves_sensitive_layers_alone_until_it_is_close_enough(tmp_path, tiny, monkeypatch):
@@ -212,7 +235,7 @@ def test_faults_of_the_source_name_the_file(tmp_path):
         cached_tower(tmp_path / "m.gguf", cache=tmp_path / "cache")
     with pytest.raises(TokcompError, match=r"none\.gguf: cannot be read"):
         cached_tower(tmp_path / "none.gguf", cache=tmp_path / "cache")
-    with pytest.raises(UsageError, match="unknown precision 'int4'; one of fp32, int8"):
+    with pytest.raises(UsageError, match="unknown precision 'int4'; one of fp32, fp16, int8"):
         cached_tower(tmp_path / "m.gguf", "int4", tmp_path / "cache")
 
 

@@ -130,9 +130,7 @@ def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
 
 def test_keys_of_the_tower_reach_the_methods(vlm):
     seen = vlm.see(SAMPLE)
-    keys = vlm.engine.tower.encode(
-        np.stack(vlm.engine.pixels(seen.image.picture).crops), want={"keys"}
-    ).keys
+    keys = vlm.engine.tower.encode(np.stack(vlm.engine.pixels(seen.image.picture).crops), want={"keys"}).keys
     np.testing.assert_array_equal(seen.tokens.keys, keys[0])
 
 

@@ -20,7 +20,15 @@ Metadata = Mapping[str, Any]
 TensorShapes = Mapping[str, tuple[int, ...]]
 """A GGUF's tensors by name: their shapes, slowest axis first."""
 
-Part = str | tuple[int, ...]
+
+@dataclass(frozen=True)
+class Tokens:
+    """Text around or between crops, given as the language model's token ids."""
+
+    ids: tuple[int, ...]
+
+
+Part = str | Tokens | tuple[int, ...]
 """Text around or between the crops of a picture, or the crops whose rows stand here, in the layout's order."""
 
 
@@ -53,6 +61,14 @@ class Family(Protocol):
         """Short and unique; stands in ``TowerSpec.family`` and in records."""
 
     @property
+    def models(self) -> str:
+        """The models it serves, as people call them."""
+
+    @property
+    def projectors(self) -> tuple[str, ...]:
+        """The projector types its files name."""
+
+    @property
     def causal(self) -> bool:
         """Whether image rows attend only to what stands before them."""
 
@@ -68,7 +84,11 @@ class Family(Protocol):
         """Whether an mmproj with this metadata belongs to the family."""
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        """The tower in an mmproj of tensors of such ``shapes``; raises ``TokcompError`` when the file cannot be of this family."""
+        """The tower in an mmproj of tensors of such ``shapes``.
+
+        Raises ``TokcompError`` when the file cannot be of this family, ``UnsupportedError`` for a variant of it that is
+        not built here.
+        """
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         """An RGB picture as the tower wants it, its crops of ``grid`` tokens where that is given.

@@ -21,10 +21,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from PIL import Image
 
-from edge_tokcomp.errors import ImageError, TokcompError
+from edge_tokcomp.errors import TokcompError, UnsupportedError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -36,11 +35,9 @@ from edge_tokcomp.families.base import (
     read_number,
     read_three,
 )
+from edge_tokcomp.families.pictures import check_picture, normalised
 from edge_tokcomp.families.tower_spec import Activation, Step, TowerSpec
 from edge_tokcomp.tokens import Layout
-
-LONGEST_SIDE = 65_535
-"""Pixels; a longer picture would be padded to a square of gigabytes."""
 
 _STRIP_PIXELS = 1 << 24
 
@@ -50,6 +47,8 @@ class Llava15:
     """See the module's text."""
 
     name: str = "llava15"
+    models: str = "LLaVA-1.5, BakLLaVA, ShareGPT4V, the bundled demo model"
+    projectors: tuple[str, ...] = ("mlp",)
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>",)
@@ -59,40 +58,13 @@ class Llava15:
         return projector_type(metadata) == "mlp" and "clip.vision.image_grid_pinpoints" not in metadata
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        if "v.class_embd" not in shapes:
-            raise TokcompError(
-                "no class token (v.class_embd), so its tower is not CLIP; LLaVA with another tower is not supported"
-            )
-        if "mm.2.weight" not in shapes:
-            raise TokcompError("no mm.2.weight, so its projector is not LLaVA-1.5's two-layer MLP and is not supported")
-        blocks = _feature_layer(metadata)
-        check_blocks(blocks, shapes)
-        return TowerSpec(
-            family=self.name,
-            image_size=read_integer(metadata, "clip.vision.image_size"),
-            patch_size=read_integer(metadata, "clip.vision.patch_size"),
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=blocks,
-            activation=_activation(metadata),
-            eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
-            projector=(Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
-            class_token=True,
-            attention_block=blocks - 1,
-            patch_bias="v.patch_embd.bias" in shapes,
-            pre_norm="v.pre_ln.weight" in shapes,
-        )
+        return clip_tower(self.name, metadata, shapes)
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         size = (spec.image_size, spec.image_size)
         if grid is not None:
             size = (grid[1] * spec.patch_size, grid[0] * spec.patch_size)
-        square = np.asarray(_pad_and_resize(image, spec, size), dtype=np.float32) / 255
-        normal = (square - np.array(spec.image_mean, np.float32)) / np.array(spec.image_std, np.float32)
-        crop = np.ascontiguousarray(normal.transpose(2, 0, 1))
+        crop = normalised(_pad_and_resize(image, spec, size), spec)
         return Pixels((crop,), (grid or spec.grid,), (image.height, image.width))
 
     def layout(self, pixels: Pixels, spec: TowerSpec) -> Layout:
@@ -102,12 +74,42 @@ class Llava15:
         return ((0,),)
 
 
+def clip_tower(family: str, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
+    """CLIP and a two-layer MLP, as every LLaVA on CLIP has them; raises ``TokcompError`` for another file."""
+    if "v.class_embd" not in shapes:
+        raise UnsupportedError(
+            "no class token (v.class_embd), so its tower is not CLIP; LLaVA with another tower is not supported"
+        )
+    if "mm.2.weight" not in shapes:
+        raise UnsupportedError("no mm.2.weight, so its projector is not LLaVA-1.5's two-layer MLP and is not supported")
+    blocks = _feature_layer(metadata)
+    check_blocks(blocks, shapes)
+    return TowerSpec(
+        family=family,
+        image_size=read_integer(metadata, "clip.vision.image_size"),
+        patch_size=read_integer(metadata, "clip.vision.patch_size"),
+        width=read_integer(metadata, "clip.vision.embedding_length"),
+        heads=read_integer(metadata, "clip.vision.attention.head_count"),
+        ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
+        blocks=blocks,
+        activation=_activation(metadata),
+        eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
+        image_mean=read_three(metadata, "clip.vision.image_mean"),
+        image_std=read_three(metadata, "clip.vision.image_std"),
+        projector=(Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
+        class_token=True,
+        attention_block=blocks - 1,
+        patch_bias="v.patch_embd.bias" in shapes,
+        pre_norm="v.pre_ln.weight" in shapes,
+    )
+
+
 def _feature_layer(metadata: Metadata) -> int:
     layers = metadata.get("clip.vision.feature_layer")
     if layers is None:
         return read_integer(metadata, "clip.vision.block_count")
     if not isinstance(layers, list) or len(layers) != 1 or type(layers[0]) is not int or layers[0] < 1:
-        raise TokcompError(
+        raise UnsupportedError(
             f"clip.vision.feature_layer {layers!r} is not one block; towers that stack several are not supported"
         )
     return layers[0]
@@ -126,12 +128,9 @@ def _pad_and_resize(image: Image.Image, spec: TowerSpec, size: tuple[int, int]) 
     Pillow resizes along rows first, then along columns, rounding in between. Doing the two passes apart, the first on
     strips, gives the same pixels without the padded square ever existing: of a 1 x 60000 picture it is 10 GB.
     """
-    if image.mode != "RGB":
-        raise ValueError(f"preprocess takes an RGB picture, got mode {image.mode}")
+    check_picture(image)
     width, height = image.size
     side, (target, last_height) = max(width, height), size
-    if min(width, height) < 1 or side > LONGEST_SIDE:
-        raise ImageError(f"picture of {width}x{height} pixels: sides must be within 1..{LONGEST_SIDE}; resize it first")
     colour = tuple(min(max(int(mean * 255), 0), 255) for mean in spec.image_mean)
     left, top = (side - width) // 2, (side - height) // 2
     (first, last), (begin, end) = _columns(left, width, side, target)

@@ -45,17 +45,18 @@ _MOST_STRETCHED = 200
 
 @dataclass(frozen=True)
 class QwenVL:
-    """What the three have in common; ``projector``: how their files call themselves."""
+    """What the three have in common; ``projectors``: how their files call themselves."""
 
     name: str
-    projector: str
+    models: str
+    projectors: tuple[str, ...]
     least_tokens: int
     causal: bool = True
     positions: Literal["line", "grid"] = "grid"
     markers: tuple[str, ...] = ("<|image_pad|>",)
 
     def matches(self, metadata: Metadata) -> bool:
-        return projector_type(metadata) == self.projector
+        return projector_type(metadata) in self.projectors
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
         blocks = read_blocks(metadata, shapes)
@@ -112,7 +113,8 @@ class Qwen2VL(QwenVL):
     """See the module's text."""
 
     name: str = "qwen2vl"
-    projector: str = "qwen2vl_merger"
+    models: str = "Qwen2-VL"
+    projectors: tuple[str, ...] = ("qwen2vl_merger",)
     least_tokens: int = 4
 
 
@@ -121,7 +123,8 @@ class Qwen25VL(QwenVL):
     """See the module's text."""
 
     name: str = "qwen2.5vl"
-    projector: str = "qwen2.5vl_merger"
+    models: str = "Qwen2.5-VL"
+    projectors: tuple[str, ...] = ("qwen2.5vl_merger",)
     least_tokens: int = 4
 
     def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
@@ -140,7 +143,8 @@ class Qwen3VL(QwenVL):
     """See the module's text."""
 
     name: str = "qwen3vl"
-    projector: str = "qwen3vl_merger"
+    models: str = "Qwen3-VL"
+    projectors: tuple[str, ...] = ("qwen3vl_merger",)
     least_tokens: int = 64
 
     def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:

@@ -28,12 +28,18 @@ StepKind = Literal["linear", "layer_norm", "rms_norm", "quick_gelu", "gelu", "ge
 @dataclass(frozen=True)
 class Step:
     """One step of a projector: a linear or a norm with the tensors ``NAME.weight`` and, with ``bias``, ``NAME.bias``;
-    or an activation. A norm stands for the epsilon ``eps``."""
+    or an activation. A norm stands for the epsilon ``eps``.
+
+    Of a linear's weight, ``transposed``: the file holds it ``(in, out)``. ``by_channel``: it takes the channels of a
+    merged square one by one, each with all patches (torch's ``unfold``), where tokens here have the patches one by one.
+    """
 
     kind: StepKind
     name: str = ""
     bias: bool = True
     eps: float = 1e-5
+    transposed: bool = False
+    by_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,10 @@ class TowerSpec:
 
     ``patch_bias``, ``patch_slices``: of the patch embedding: whether it has a bias, and how many convolutions a still
     picture passes (2 where a model takes pairs of frames). ``pre_norm``, ``post_norm``: norms before the first and
-    after the last block. ``bias``: whether linears and norms of the blocks have them. ``gated``: of the feed-forward.
-    ``qk_norm``: queries and keys are normalised over all heads. ``layer_scale``: what a block adds is scaled.
-    ``positions``: how the learned table is stretched, None where there is none.
+    after the last block, the latter by the name ``last_norm``. ``bias``: whether linears and norms of the blocks have
+    them; ``qkv_bias``: queries, keys and values too. ``gated``: of the feed-forward. ``qk_norm``: queries and keys are
+    normalised over all heads. ``layer_scale``: what a block adds is scaled. ``positions``: how the learned table is
+    stretched, None where there is none.
 
     ``merge``: each square of so many patches a side becomes one token, their rows end to end in raster order, or their
     mean with ``pool``. The ``projector``'s steps go from a token to language width. ``separator``: the tensor, of
@@ -128,7 +135,9 @@ class TowerSpec:
     norm: Norm = "layer"
     pre_norm: bool = False
     post_norm: bool = False
+    last_norm: str = "v.post_ln"
     bias: bool = True
+    qkv_bias: bool = True
     gated: bool = False
     qk_norm: bool = False
     layer_scale: bool = False
@@ -152,10 +161,16 @@ class TowerSpec:
                 if self.merge == 1
                 else f"{self.merge} patches of {self.patch_size} are larger than image_size {self.image_size}"
             )
+        if not self.dynamic and self.table_grid[0] % self.merge:
+            raise TokcompError(
+                f"{self.table_grid[0]} patches a side of image_size {self.image_size} cannot be merged by {self.merge}"
+            )
         if self.width % self.heads:
             raise TokcompError(f"width {self.width} is not a multiple of its {self.heads} heads")
         if self.rotary and self.width // self.heads % 4:
             raise TokcompError(f"heads of {self.width // self.heads} channels cannot be rotated by row and column")
+        if self.rotary and not 1 < self.rotary.theta < math.inf:
+            raise TokcompError(f"base {self.rotary.theta!r} of rotary positions is not a number above 1")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise TokcompError(f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")

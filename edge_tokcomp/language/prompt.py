@@ -67,13 +67,13 @@ class ChatPrompt:
 
 
 def chat_prompt(
-    model: LanguageModel, question: str, n_images: int, markers: Sequence[str] = ("<image>",)
+    model: LanguageModel, question: str, n_images: int, markers: Sequence[str] = ("<image>",), own_line: bool = True
 ) -> ChatPrompt:
     """Write the user's turn, images first, and the start of the answer; the result is split at the images.
 
     ``markers``: what the model's template may write for an image (``<image>``, ``<|image_pad|>``,
-    ``<start_of_image>``); it is taken out of the text. The first is put there where the template takes no image. A file
-    without a template gets the form of LLaVA-1.5.
+    ``<start_of_image>``); it is taken out of the text. The first is put there where the template takes no image, each
+    with ``own_line`` on a line of its own. A file without a template gets the form of LLaVA-1.5.
 
     Raises ``UsageError`` when the question holds a marker, ``TokcompError`` when the template fails in every form.
     """
@@ -83,11 +83,11 @@ def chat_prompt(
         if marker in question:
             raise UsageError(f"the question contains {marker!r}, which stands for an image; write it differently")
     if not model.chat_template:
-        text = f"USER: {_marked(question, n_images, markers[0])} ASSISTANT:"
+        text = f"USER: {_marked(question, n_images, markers[0], own_line)} ASSISTANT:"
         reason = "the model file has no chat template; LLaVA-1.5's form is used"
         return _split(text, markers[0], "vicuna", reason, question)
     faults: list[str] = []
-    for form, content in _forms(question, n_images, markers[0]):
+    for form, content in _forms(question, n_images, markers[0], own_line):
         text, fault = _render(model, content)
         marker = next((marker for marker in markers if marker in text), markers[0])
         fault = fault or _fault(text, question, n_images, marker)
@@ -101,17 +101,17 @@ def chat_prompt(
     )
 
 
-def _marked(question: str, n_images: int, marker: str) -> str:
-    """The form LLaVA models are trained on: images and question on lines of their own."""
-    return "".join(marker + "\n" for _ in range(n_images)) + question
+def _marked(question: str, n_images: int, marker: str, own_line: bool) -> str:
+    """Images before the question; LLaVA models are trained on lines of their own."""
+    return (marker + "\n" * own_line) * n_images + question
 
 
-def _forms(question: str, n_images: int, marker: str) -> Iterator[tuple[str, Any]]:
+def _forms(question: str, n_images: int, marker: str, own_line: bool) -> Iterator[tuple[str, Any]]:
     if n_images:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in range(n_images)]
         yield "image parts", [*parts, {"type": "text", "text": question}]
-    yield "string", _marked(question, n_images, marker)
-    yield "text parts", [{"type": "text", "text": _marked(question, n_images, marker)}]
+    yield "string", _marked(question, n_images, marker, own_line)
+    yield "text parts", [{"type": "text", "text": _marked(question, n_images, marker, own_line)}]
 
 
 def _render(model: LanguageModel, content: Any) -> tuple[str, str]:

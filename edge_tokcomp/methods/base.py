@@ -35,7 +35,7 @@ class Candidates:
     ``features (n, D) float32``, ``cls_attention (heads, n) float32`` and ``keys (n, Dk) float32`` are arrays of the
     caller's library on the caller's device; the last two are there when the method names them and the tower has them.
     ``grids``: ``(rows, columns)`` of each crop in the view; ``crop (n,)`` and ``cell (n,)`` place a row in them;
-    ``overview``: crop 0 is a thumbnail of the whole picture.
+    ``overview``: the one of them that is a thumbnail of the whole picture, if one is.
     ``budget``: rows the language model gets from this view, a kept CLS included (``k`` counts patches only).
     ``query (m, d) float32``: the question's tokens at language width, if there is one and the method names it.
     ``seed``: of the run and the crop, for ``random``.
@@ -51,7 +51,7 @@ class Candidates:
     keys: Array | None = None
     query: Array | None = None
     project: Callable[[], Array] | None = None
-    overview: bool = False
+    overview: int | None = None
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -85,8 +85,8 @@ class Scores:
 class Picks:
     """``indices (k,) int64``: the rows kept, in the order they were chosen.
 
-    ``in_order``: they enter the language model in that order, not in raster order: the crop's CLS row first, then each
-    in the next of the crop's kept places. Separators stay where they are.
+    ``in_order``: they enter the language model in that order, not in raster order: each in the next of the crop's kept
+    places. CLS rows and separators stay where they are.
     """
 
     indices: Ints
@@ -177,6 +177,8 @@ class Method(ABC):
         inputs = _Inputs(tokens, self, query)
         separators = np.flatnonzero(layout.protected).astype(np.int64)
         total = max(wanted, len(separators) + 1)
+        if layout.whole is not None and isinstance(self, TowerMethod):
+            total = max(total, len(layout.uncompressed))  # The tower has seen to it, each crop by itself.
         stats: dict[str, float] = {} if total == wanted else {"keep_asked": wanted, "keep_raised": total}
         if not self.compresses or total >= len(layout.uncompressed):
             return _identity(tokens, stats)
@@ -192,6 +194,7 @@ class Method(ABC):
             chosen = np.concatenate([cls_rows, view.patches[order]])
             ranked.append(chosen)
             if isinstance(choice, Picks) and choice.in_order:
+                chosen = view.patches[order]
                 crop = layout.crop[chosen]
                 fed[chosen[np.lexsort((chosen, crop))]] = chosen[np.argsort(crop, kind="stable")]
             merging.add(view.patches, order, choice)
@@ -265,7 +268,7 @@ class _View:
 
 
 _INPUTS = {
-    "cls_attention": "the CLS attention of the vision tower",
+    "cls_attention": "the attention of the vision tower",
     "keys": "the attention keys of the tower",
     "query": "the question",
 }
@@ -278,7 +281,9 @@ class _Inputs:
         self.tokens = tokens
         self.features = finite_float32("features", tokens.features)
         self.optional: dict[str, Array | None] = {}
-        there = {"cls_attention": tokens.cls_attention, "keys": tokens.keys, "query": query}
+        # Attention that has to be computed first is not offered to a method that can do without.
+        attention = tokens.attention if "cls_attention" in method.needs else tokens.cls_attention
+        there = {"cls_attention": attention, "keys": tokens.keys, "query": query}
         for name, array in there.items():
             wording = _INPUTS[name]
             if array is None and name in method.needs:
@@ -312,7 +317,7 @@ class _Inputs:
             keys=None if keys is None else rows_of(keys),
             query=self.optional["query"],
             project=None if self.tokens.project is None else project,
-            overview=layout.overview and crops[0] == 0,
+            overview=crops.index(layout.overview) if layout.overview in crops else None,
         )
 
 

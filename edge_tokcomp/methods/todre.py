@@ -50,7 +50,7 @@ class ToDRE(Method):
 
     def _pivot(self, rows: Candidates, unit: Array) -> int:
         xp = rows.xp
-        searched = rows.crop == 0 if rows.overview else np.ones(len(rows), np.bool_)
+        searched = np.ones(len(rows), np.bool_) if rows.overview is None else rows.crop == rows.overview
         if rows.cls_attention is not None:
             merit = to_numpy(xp.sum(rows.cls_attention, axis=0, dtype=xp.float64))
         else:

@@ -1,0 +1,68 @@
+"""One picture through a tower of published size with random weights: ours in fp32 and int8 beside llama.cpp's own.
+
+    python benchmarks/tower.py [--shape llava-1.5-7b] [--rounds 10] [--threads 2]
+
+All three run in one process on the same mmproj GGUF, in turn in every round; medians over the rounds that follow the
+warm-up, and each one's ratio to llama.cpp's, round by round. Ours include the projector on all rows, as llama.cpp's do.
+Times are of one crop: where llama.cpp cuts the picture into several, its time by their number. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_tokcomp.export.random_models import LANGUAGE_SHAPES, cached_language_model
+from edge_tokcomp.export.random_towers import TOWER_SHAPES, cached_mmproj
+from edge_tokcomp.export.tower_files import cached_tower
+from edge_tokcomp.language.model import LanguageModel
+from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder
+from edge_tokcomp.tower import Tower
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=sorted(TOWER_SHAPES), default="llava-1.5-7b")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    mmproj = cached_mmproj(options.shape)
+    spec = TOWER_SHAPES[options.shape].tower
+    side = spec.image_size
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    pixels = np.ascontiguousarray((picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1))[None]
+    quantization = "Q4_0" if options.shape == "llava-1.5-7b" else "Q8_0"
+    with (
+        LanguageModel.open(cached_language_model(LANGUAGE_SHAPES[options.shape], quantization)) as model,
+        MtmdEncoder(mmproj, model, threads=options.threads) as theirs,
+    ):
+        crops = sum(isinstance(piece, ImagePiece) for piece in theirs.encode(picture))
+        arms: dict[str, Callable[[], object]] = {"llama.cpp": lambda: theirs.encode(picture)}
+        for precision in ("fp32", "int8"):
+            files = cached_tower(mmproj, precision, threads=options.threads)
+            print(f"{precision}: {files.check}; left in fp32: {', '.join(files.left_in_fp32) or 'nothing'}")
+            tower = Tower(files.directory, provider="cpu", threads=options.threads)
+            arms[f"ours, {precision}"] = lambda tower=tower: tower.project(tower.encode(pixels).rows(0))
+        samples: dict[str, list[float]] = {name: [] for name in arms}
+        for number in range(options.warm_up + options.rounds):
+            for name, run in arms.items():
+                started = time.perf_counter()
+                run()
+                if number >= options.warm_up:
+                    share = crops if name == "llama.cpp" else 1
+                    samples[name].append((time.perf_counter() - started) * 1e3 / share)
+    base = np.array(samples["llama.cpp"])
+    print(f"\n{options.shape}, {side} x {side}, {options.threads} threads of {platform.machine()}")
+    print("\n| tower | ms a crop | times as fast as llama.cpp |\n|---|---|---|")
+    for name, times in samples.items():
+        ratio = base / np.array(times)
+        print(f"| {name} | {np.median(times):.0f} | {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) |")
+
+
+if __name__ == "__main__":
+    main()

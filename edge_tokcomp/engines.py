@@ -1,0 +1,48 @@
+"""Which engine looks at a model's pictures: our tower on ONNX Runtime, or llama.cpp's own (libmtmd)."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, get_args
+
+from .errors import UnsupportedError, UsageError
+from .language.model import LanguageModel
+from .methods import Method
+from .mtmd_engine import MtmdEngine
+from .tower import Precision, Provider
+from .tower_engine import TowerEngine
+
+EngineName = Literal["auto", "onnx", "mtmd"]
+Engine = TowerEngine | MtmdEngine
+
+logger = logging.getLogger(__name__)
+
+
+def open_engine(
+    stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, precision: Precision,
+    provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
+) -> Engine:  # fmt: skip
+    """The engine of that ``name``; ``auto`` is ours, or llama.cpp's for models that have no tower here.
+
+    ``stack`` closes it. Raises ``UsageError`` for an unknown name, ``TokcompError`` for files that cannot be used.
+    """
+    if name not in get_args(EngineName):
+        raise UsageError(f"unknown engine {name!r}; one of {', '.join(get_args(EngineName))}")
+    reason = "asked for"
+    if name != "mtmd":
+        try:
+            return TowerEngine(
+                mmproj, precision=precision, provider=provider, threads=threads, method=method, keep=keep
+            )
+        except UnsupportedError as fault:
+            if name == "onnx":
+                raise
+            reason = str(fault).removeprefix(f"{mmproj}: ")
+            logger.info("engine mtmd, llama.cpp's own: %s", reason)
+    if precision != "fp32":
+        raise UsageError(f"precision {precision} is of our own towers, and this one is llama.cpp's ({reason})")
+    engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, reason=f"llama.cpp's own (mtmd): {reason}")
+    stack.callback(engine.close)
+    return engine

@@ -1,0 +1,126 @@
+"""An exported directory in place of the mmproj."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pair
+
+from edge_tokcomp import VLM, load
+from edge_tokcomp.cli import main
+from edge_tokcomp.errors import TokcompError, UsageError
+from edge_tokcomp.export import tower_files
+from edge_tokcomp.export.tower_files import cached_tower, export_tower
+from edge_tokcomp.parameters import hash_of_model
+from family_proof import Proof, assert_same_rows, assert_same_text, photo
+from hf_folder import write_folder
+from picture_files import pictures
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def directory(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tower(pair.mmproj, tmp_path_factory.mktemp("towers") / "tower").directory
+
+
+def opened(pair: Pair, mmproj: Path, **options: object) -> VLM:
+    return load(pair.lm, mmproj, threads=1, provider="cpu", **options)
+
+
+def test_a_directory_says_what_its_file_says(pair: Pair, directory: Path) -> None:
+    picture = photo(50, 40)
+    with opened(pair, pair.mmproj, keep=9) as vlm:
+        wanted, hashed = vlm.ask(picture, "what is this", max_tokens=5), hash_of_model(vlm)
+    with opened(pair, directory, keep=9) as vlm:
+        assert vlm.ask(picture, "what is this", max_tokens=5) == wanted
+        assert vlm.engine.directory == directory
+        first = hash_of_model(vlm)
+    assert first != hashed
+    with opened(pair, shutil.copytree(directory, directory.parent / "copy"), keep=9) as vlm:
+        assert hash_of_model(vlm) == first
+
+
+def test_the_tower_of_a_checkpoint_answers_as_transformers_does(tmp_path: Path) -> None:
+    proof = Proof.make("qwen3vl", tmp_path)
+    theirs = proof.asked([photo(70, 90)], "q")
+    wanted = proof.model.get_image_features(theirs["pixel_values"], theirs["image_grid_thw"])
+    folder = write_folder(proof.model, "qwen3vl", tmp_path / "checkpoint")
+    proof.mmproj = export_tower(folder, tmp_path / "tower").directory
+    assert_same_text(proof, [photo(70, 90)])
+    levels = [torch.cat([*level]) for level in (wanted.pooler_output, *wanted.deepstack_features)]
+    assert_same_rows(proof, photo(70, 90), torch.cat(levels, 1).detach().numpy())
+
+
+def test_captions_of_a_directory_from_the_command_line(
+    pair: Pair, directory: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures(tmp_path / "pictures", 2)
+    monkeypatch.chdir(directory)
+    options = ["--lm", str(pair.lm), "--mmproj", ".", "--threads", "1", "--provider", "cpu"]
+    out = tmp_path / "captions.jsonl"
+    command = ["caption", str(folder), *options, "--max-tokens", "3", "--out", str(out)]
+    assert main(command) == 0
+    assert len(out.read_text().splitlines()) == 2
+    assert main(["calibrate", str(folder), *options]) == 0
+    assert main([*command, "--overwrite", "--keep", "9", "--dynamic", "calibrated"]) == 0
+
+
+def test_a_directory_has_one_precision(pair: Pair, directory: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^{directory}: a tower of precision fp32, not int8; ask for precision fp32"):
+        opened(pair, directory, precision="int8")
+
+
+def test_patches_are_not_merged_in_a_tower_that_is_built(pair: Pair, directory: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^{directory}: patches cannot be merged .*; name the mmproj file"):
+        opened(pair, directory, method="luvc", keep=16)
+
+
+def test_pictures_of_lower_resolution_need_no_file(pair: Pair, directory: Path) -> None:
+    with opened(pair, directory, method="resolution", keep=16) as vlm:
+        assert len(vlm.encode(photo(50, 40)).rows) == 16
+
+
+def test_a_checkpoint_is_to_be_exported_first(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=rf"^{tmp_path}: a checkpoint; .*: edge-tokcomp export --hf {tmp_path} --out"):
+        opened(pair, tmp_path)
+
+
+def test_llama_cpp_runs_no_directory(pair: Pair, directory: Path) -> None:
+    with pytest.raises(TokcompError, match=rf"^{directory}: ") as fault:
+        opened(pair, directory, engine="mtmd")
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tower.json", None, "not an exported tower"),
+        ("tower.json", b"{}", "not an exported tower"),
+        ("tower.json", b'{"a":' * 100_000, "not an exported tower"),
+        ("tower.json", bytes(2_000_000), "tower.json is damaged"),
+        ("projector.onnx.data", b"", "projector.onnx.data is damaged"),
+        ("tower.onnx", None, "not an exported tower"),
+    ],
+)
+def test_a_directory_that_is_damaged(
+    pair: Pair, directory: Path, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    copy = shutil.copytree(directory, tmp_path / "tower")
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    with pytest.raises(TokcompError, match=message) as fault:
+        opened(pair, copy)
+    assert str(copy) in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_directory_of_another_exporter(pair: Pair, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower_files, "EXPORTER", tower_files.EXPORTER + 1)
+    with pytest.raises(TokcompError, match="written by another version of edge-tokcomp; export the tower again"):
+        cached_tower(directory)
