@@ -213,8 +213,8 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True,
                        "(see `export`)")  # fmt: skip
     group.add_argument("--engine", choices=("auto", "onnx", "mtmd"), default="auto", help="what looks at pictures: our "
                        "own tower (onnx), llama.cpp's (mtmd); ours where the model has one (default)")  # fmt: skip
-    group.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of our tower: int8 for "
-                       "CPUs, fp16 for GPUs (default fp32)")  # fmt: skip
+    group.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="of our tower: int8 for CPUs, fp16 for "
+                       "GPUs (default fp32)")  # fmt: skip
     group.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where the tower runs")
     group.add_argument(
         "--gpu-layers", type=int, default=0, metavar="N", help="language model layers on the GPU, -1 all"

@@ -18,7 +18,7 @@ from .errors import UsageError
 from .families.base import Tokens
 from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
-from .methods import Method
+from .methods import Method, NoCompression, TowerMethod
 from .variant import PLAIN, TowerVariant
 
 Picture = Any
@@ -63,7 +63,9 @@ class ImageEncoder:
         asked = "query" in method.needs | method.wants
         query = self._embed(question, False) if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
-            plan = method.compress(tokens, keep, seed=self.seed, query=query)
+            # What a method of the tower's leaves is kept, all of it where it has nothing to do.
+            chooser = NoCompression() if isinstance(method, TowerMethod) else method
+            plan = chooser.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         rows = image_rows(seen.inner, kept, plan, tokens.layout, self._text, on_grid=self.engine.positions == "grid")
         compress = (time.perf_counter() - started) * 1e3

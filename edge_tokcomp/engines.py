@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_engine(
-    stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, precision: Precision,
+    stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, precision: Precision | None,
     provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
 ) -> Engine:  # fmt: skip
     """The engine of that ``name``; ``auto`` is ours, or llama.cpp's for models that have no tower here.
@@ -41,8 +41,12 @@ def open_engine(
                 raise
             reason = str(fault).removeprefix(f"{mmproj}: ")
             logger.info("engine mtmd, llama.cpp's own: %s", reason)
-    if precision != "fp32":
+    if precision is not None:
         raise UsageError(f"precision {precision} is of our own towers, and this one is llama.cpp's ({reason})")
+    if mmproj.is_dir():
+        raise UsageError(
+            f"{mmproj}: a folder, and llama.cpp's own tower (engine mtmd) needs the mmproj file; name that"
+        )
     engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, reason=f"llama.cpp's own (mtmd): {reason}")
     stack.callback(engine.close)
     return engine

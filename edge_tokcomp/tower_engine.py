@@ -39,15 +39,16 @@ class TowerEngine:
     own_line = True
 
     def __init__(
-        self, mmproj: Path, *, precision: Precision, provider: Provider, threads: int, method: Method,
+        self, mmproj: Path, *, precision: Precision | None, provider: Provider, threads: int, method: Method,
         keep: int | float,
     ) -> None:  # fmt: skip
         from .export.tower_files import cached_tower
 
-        self.precision, self.threads = precision, threads
+        self.threads = threads
         self._mmproj, self._provider = mmproj, provider
         self._towers: dict[TowerVariant, Tower] = {}
         self._plain = cached_tower(mmproj, precision, threads=threads)
+        self.precision = self._plain.precision
         self.spec, self.directory = self._plain.spec, self._plain.directory
         self.family = family_named(self.spec.family)
         self.causal, self.positions, self.markers = self.family.causal, self.family.positions, self.family.markers

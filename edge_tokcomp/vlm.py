@@ -60,7 +60,7 @@ def load(
     method: str | Method | None = None,
     keep: str | int | float | None = None,
     dynamic: Mode | float | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     provider: Provider = "auto",
     engine: EngineName = "auto",
     layer_steps: str | Sequence[str | LayerStep] = (),
@@ -72,7 +72,8 @@ def load(
 ) -> VLM:
     """Open a vision-language model: ``lm`` and ``mmproj`` GGUF files, or the bundled demo model when neither is named.
 
-    ``lm`` may be a directory of layer segments (``edge-tokcomp split``).
+    ``lm`` may be a directory of layer segments (``edge-tokcomp split``), ``mmproj`` that of a tower (``edge-tokcomp
+    export``). ``precision``: of our tower, fp32 unless a tower's directory has another.
     ``keep``: image tokens kept, an int or a fraction; a quarter when only ``method`` is given. ``method``: a name
     (``edge-tokcomp methods``) or a ``Method``; ``mosaic`` when only ``keep`` is given. With neither nothing is
     compressed. ``layer_steps``: drop image tokens inside the language model too, as
@@ -124,7 +125,7 @@ class VLM:
 
     def __init__(
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
-        layer_steps: tuple[LayerStep, ...], precision: Precision, provider: Provider,
+        layer_steps: tuple[LayerStep, ...], precision: Precision | None, provider: Provider,
         engine: EngineName, gpu_layers: int,
         threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip

@@ -93,7 +93,7 @@ def export_tower(
 
 def cached_tower(
     mmproj: str | os.PathLike[str],
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     cache: str | os.PathLike[str] | None = None,
     *,
     variant: TowerVariant = PLAIN,
@@ -101,7 +101,8 @@ def cached_tower(
 ) -> TowerFiles:
     """The tower of ``mmproj`` from the cache, built there when it is missing or damaged; raises ``TokcompError``.
 
-    ``mmproj`` may be an exported directory, which is taken as it is: with no other precision, and without merges.
+    ``precision``: fp32 by default. ``mmproj`` may be an exported directory, which is taken as it is: with no other
+    precision than its own, and without merges.
     The key is the SHA-256 of the file, the exporter's version, the precision and the merges of ``variant``; ``grid``
     alone needs no tower of its own. ``UsageError`` for merges that the tower cannot do. ``cache`` defaults to
     ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder. ``threads``: of BLAS while a tower is built and
@@ -110,7 +111,7 @@ def cached_tower(
     if os.path.isdir(mmproj):
         return _exported(Path(os.path.abspath(mmproj)), precision, variant)
     home = Path(cache) if cache is not None else cache_directory()
-    order = _Order(Path(mmproj), precision, _sha256(Path(mmproj)), threads)
+    order = _Order(Path(mmproj), precision or "fp32", _sha256(Path(mmproj)), threads)
     if not variant.merges:
         return replace(_cached(order, home), variant=variant)
     return _cached(replace(order, variant=variant), home)
@@ -290,14 +291,14 @@ def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None
             discard(target)
 
 
-def _exported(directory: Path, precision: Precision, variant: TowerVariant) -> TowerFiles:
+def _exported(directory: Path, precision: Precision | None, variant: TowerVariant) -> TowerFiles:
     """The tower in a directory that a user names; raises ``TokcompError`` unless it is what is asked for."""
     if not (directory / "tower.json").exists() and (directory / "config.json").exists():
         raise UsageError(
             f"{directory}: a checkpoint; build its tower first: edge-tokcomp export --hf {directory} --out TOWER"
         )
     files = _read(directory)
-    if files.precision != precision:
+    if precision not in (None, files.precision):
         raise UsageError(
             f"{directory}: a tower of precision {files.precision}, not {precision}; ask for precision "
             f"{files.precision}, or export another"

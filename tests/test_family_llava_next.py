@@ -271,7 +271,7 @@ def test_a_newline_of_either_name_is_found(proof: Proof) -> None:
 
 
 def test_llama_cpp_feeds_whole_tiles_then_the_overview_and_no_newline(proof: Proof) -> None:
-    """Issue 8457 tells of the missing newlines; for the overview's place see pull request 24769.
+    """For the overview's place see its pull request 24769, for newlines 23545; issue 8457 tells of worse answers.
 
     Its rows themselves are wrong too (issues 25814 and 25817).
     """
@@ -313,3 +313,12 @@ def test_impossible_metadata_is_refused_in_one_line(
     with pytest.raises(kind, match=message) as fault:
         family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("method", ["resolution", "luvc"])
+def test_a_budget_of_a_whole_crop_leaves_all_crops_whole(proof: Proof, method: str) -> None:
+    """An integer is tokens a crop for methods of the tower: one that is not below a crop's changes nothing."""
+    with proof.open(method=method, keep=proof.spec.patches) as vlm:
+        encoded = vlm.encode(photo(150, 100))
+    assert len(encoded.tokens.layout.grids) > 1
+    assert len(encoded.plan) == encoded.plan.before

@@ -18,6 +18,8 @@ from edge_tokcomp.parameters import hash_of_model
 from family_proof import Proof, assert_same_rows, assert_same_text, photo
 from hf_folder import write_folder
 from picture_files import pictures
+from tiny_mmproj import write_mmproj
+from tiny_models import write_tiny_model
 
 Captured = pytest.CaptureFixture[str]
 
@@ -124,3 +126,19 @@ def test_a_directory_of_another_exporter(pair: Pair, directory: Path, monkeypatc
     monkeypatch.setattr(tower_files, "EXPORTER", tower_files.EXPORTER + 1)
     with pytest.raises(TokcompError, match="written by another version of edge-tokcomp; export the tower again"):
         cached_tower(directory)
+
+
+def test_a_folder_is_taken_in_its_own_precision_unless_another_is_asked_for(tmp_path: Path) -> None:
+    tiny = write_mmproj(tmp_path / "m.gguf", width=128, ffn=512)
+    export_tower(tiny.path, tmp_path / "small", "int8")
+    assert cached_tower(tmp_path / "small").precision == "int8"
+    with pytest.raises(UsageError, match="a tower of precision int8, not fp32"):
+        cached_tower(tmp_path / "small", "fp32")
+
+
+def test_llama_cpps_own_tower_takes_no_folder(tmp_path: Path) -> None:
+    tiny = write_mmproj(tmp_path / "m.gguf")
+    lm = write_tiny_model(tmp_path / "lm.gguf", "llama", n_embd=96).path
+    export_tower(tiny.path, tmp_path / "tower")
+    with pytest.raises(UsageError, match=r"a folder, and llama.cpp's own tower \(engine mtmd\) needs the mmproj file"):
+        load(lm, tmp_path / "tower", engine="mtmd", threads=1)

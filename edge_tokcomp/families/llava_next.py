@@ -17,8 +17,8 @@ The published lists hold each size both ways. Where two of them do as well, as f
 the first is taken: transformers then lays two tiles side by side, LLaVA's own code one upon the other.
 
 **llama.cpp** feeds other rows: tiles one after another, each in full, bars included, and the overview behind them
-(since pull request 24769); no newlines (issue 8457, closed as stale); of a picture that fits into one tile the overview
-alone. Its tower is wrong as well, see ``llava15``.
+(since pull request 24769); no newlines (never used, says pull request 23545); of a picture that fits into one tile the
+overview alone. Its tower is wrong as well, see ``llava15``. Issue 8457, closed as stale, tells of its worse answers.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class LlavaNext:
         base = Layout.of_grids(pixels.grids[0], cls_rows=True)
         crop, cell = _large_grid(pixels, spec)
         role = np.where(cell < 0, Role.SEPARATOR, Role.PATCH)
-        heads = np.arange(1, len(pixels.grids))
+        tiles = np.arange(1, len(pixels.grids))
         return Layout(
             pixels.grids,
-            np.concatenate([base.crop, crop, heads]),
-            np.concatenate([base.cell, cell, np.full(len(heads), -1)]),
-            np.concatenate([base.role, role, np.full(len(heads), Role.CLS)]).astype(np.int8),
+            np.concatenate([base.crop, crop, tiles]),
+            np.concatenate([base.cell, cell, np.full(len(tiles), -1)]),
+            np.concatenate([base.role, role, np.full(len(tiles), Role.CLS)]).astype(np.int8),
             overview=0,
         )
 

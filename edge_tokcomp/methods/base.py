@@ -177,8 +177,6 @@ class Method(ABC):
         inputs = _Inputs(tokens, self, query)
         separators = np.flatnonzero(layout.protected).astype(np.int64)
         total = max(wanted, len(separators) + 1)
-        if layout.whole is not None and isinstance(self, TowerMethod):
-            total = max(total, len(layout.uncompressed))  # The tower has seen to it, each crop by itself.
         stats: dict[str, float] = {} if total == wanted else {"keep_asked": wanted, "keep_raised": total}
         if not self.compresses or total >= len(layout.uncompressed):
             return _identity(tokens, stats)
