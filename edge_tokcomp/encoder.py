@@ -18,7 +18,8 @@ from .errors import UsageError
 from .families.base import Tokens
 from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
-from .methods import Method, NoCompression, TowerMethod
+from .methods import Method, TowerMethod
+from .methods.none import NoCompression
 from .variant import PLAIN, TowerVariant
 
 Picture = Any
