@@ -32,6 +32,7 @@ from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
 from .methods.layer_step import LayerStep, spell_steps
 from .methods.layer_steps import read_layer_steps
+from .pairing import check_pair
 from .prompt_rows import feed, prompt_parts, rows_of
 from .segmenting import model_name, open_language
 from .tokens import Rows
@@ -126,12 +127,12 @@ class VLM:
     def __init__(
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
         layer_steps: tuple[LayerStep, ...], precision: Precision | None, provider: Provider,
-        engine: EngineName, gpu_layers: int,
-        threads: int, n_ctx: int | None, seed: int, max_pixels: int,
+        engine: EngineName, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
     ) -> None:  # fmt: skip
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
         self.name = model_name(lm)
         self.seed, self.threads = seed, threads
+        check_pair(lm, mmproj)
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2

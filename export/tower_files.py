@@ -117,6 +117,15 @@ def cached_tower(
     return _cached(replace(order, variant=variant), home)
 
 
+def written_width(mmproj: Path) -> int:
+    """Width of the rows that the projector of ``mmproj`` writes; raises ``TokcompError`` for one that is not whole.
+
+    Nothing but the header is read.
+    """
+    source, spec = _opened(_Order(mmproj, "fp32"))
+    return language_width(spec, source) * (1 + len(spec.deepstack))
+
+
 @dataclass(frozen=True)
 class _Order:
     """A tower to be built of ``source``, with ``threads`` for BLAS. ``digest``: the SHA-256 of its file, if it is known

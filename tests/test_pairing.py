@@ -1,0 +1,65 @@
+"""Files that do not belong together, or are damaged, are told before memory is taken for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_tokcomp import load, vlm
+from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.pairing import check_pair
+from family_proof import Proof
+from hf_mmproj import write_mmproj_of
+from hf_vlms import FAMILIES, build
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("lm") / "lm.gguf", "llama", n_embd=96).path
+
+
+@pytest.fixture
+def _nothing_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise RuntimeError("memory is taken")
+
+    monkeypatch.setattr(vlm, "open_language", refuse)
+    monkeypatch.setattr(vlm, "open_engine", refuse)
+
+
+@pytest.mark.usefixtures("_nothing_opened")
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_widths_that_differ_are_told_first(lm: Path, tmp_path: Path, name: str) -> None:
+    mmproj = write_mmproj_of(build(name), name, tmp_path / "m.gguf")
+    width = 256 if name == "qwen3vl" else 64
+    with pytest.raises(
+        TokcompError, match=rf"m\.gguf writes rows of {width}, .*lm\.gguf takes 96; the two files"
+    ) as fault:
+        load(lm, mmproj)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.usefixtures("_nothing_opened")
+@pytest.mark.parametrize("name", ["qwen25vl", "gemma3"])
+def test_a_missing_tensor_is_told_first(lm: Path, tmp_path: Path, name: str) -> None:
+    mmproj = write_mmproj_of(build(name), name, tmp_path / "m.gguf", drop=("v.blk.1.attn_out.weight",))
+    with pytest.raises(TokcompError, match=r"tensor v\.blk\.1\.attn_out\.weight is missing"):
+        load(lm, mmproj)
+
+
+@pytest.mark.usefixtures("_nothing_opened")
+def test_a_model_that_llama_cpp_serves_is_checked_too(lm: Path, tmp_path: Path) -> None:
+    mmproj = write_mmproj_of(
+        build("qwen25vl"), "qwen25vl", tmp_path / "m.gguf",
+        edit=lambda metadata: metadata.update({"clip.projector_type": "qwen2.5o"}),
+    )  # fmt: skip
+    with pytest.raises(TokcompError, match=r"writes rows of 64, .* takes 96"):
+        load(lm, mmproj)
+
+
+@pytest.mark.parametrize("name", ["llava15", "qwen3vl", "lfm2vl"])
+def test_files_of_one_model_pass(tmp_path: Path, name: str) -> None:
+    proof = Proof.make(name, tmp_path)
+    check_pair(proof.lm, proof.mmproj)
