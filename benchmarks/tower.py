@@ -3,8 +3,8 @@
     python benchmarks/tower.py [--shape llava-1.5-7b] [--rounds 10] [--threads 2]
 
 All three run in one process on the same mmproj GGUF, in turn in every round; medians over the rounds that follow the
-warm-up, and each one's ratio to llama.cpp's, round by round. Ours include the projector on all rows, as llama.cpp's do.
-Times are of one crop: where llama.cpp cuts the picture into several, its time by their number. Prints a Markdown table.
+warm-up, and each one's ratio to llama.cpp's, round by round. All begin with the picture, which each cuts and resizes
+itself, and end with the projector on all rows; times are by crop. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
 from edge_tokcomp.export.random_models import LANGUAGE_SHAPES, cached_language_model
 from edge_tokcomp.export.random_towers import TOWER_SHAPES, cached_mmproj
 from edge_tokcomp.export.tower_files import cached_tower
+from edge_tokcomp.families import family_named
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder
 from edge_tokcomp.tower import Tower
@@ -32,32 +34,39 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     mmproj = cached_mmproj(options.shape)
-    spec = TOWER_SHAPES[options.shape].tower
-    side = spec.image_size
-    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    pixels = np.ascontiguousarray((picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1))[None]
+    spec = cached_tower(mmproj, threads=options.threads).spec
+    family, side = family_named(spec.family), spec.image_size
+    # SmolVLM enlarges what is not long: four tiles and an overview.
+    width = 4 * side if spec.limits.longest_edge else side
+    picture = np.random.default_rng(0).integers(0, 256, (side, width, 3), dtype=np.uint8)
     quantization = "Q4_0" if options.shape == "llava-1.5-7b" else "Q8_0"
     with (
         LanguageModel.open(cached_language_model(LANGUAGE_SHAPES[options.shape], quantization)) as model,
         MtmdEncoder(mmproj, model, threads=options.threads) as theirs,
     ):
         crops = sum(isinstance(piece, ImagePiece) for piece in theirs.encode(picture))
+        if crops != len(family.preprocess(Image.fromarray(picture), spec).crops):
+            raise SystemExit(
+                f"llama.cpp cuts this picture into {crops} crops, we into others; their times do not compare"
+            )
         arms: dict[str, Callable[[], object]] = {"llama.cpp": lambda: theirs.encode(picture)}
         for precision in ("fp32", "int8"):
             files = cached_tower(mmproj, precision, threads=options.threads)
             print(f"{precision}: {files.check}; left in fp32: {', '.join(files.left_in_fp32) or 'nothing'}")
             tower = Tower(files.directory, provider="cpu", threads=options.threads)
-            arms[f"ours, {precision}"] = lambda tower=tower: tower.project(tower.encode(pixels).rows(0))
+            arms[f"ours, {precision}"] = lambda tower=tower: [
+                tower.project(tower.encode(crop[None]).rows(0))
+                for crop in family.preprocess(Image.fromarray(picture), spec).crops
+            ]
         samples: dict[str, list[float]] = {name: [] for name in arms}
         for number in range(options.warm_up + options.rounds):
             for name, run in arms.items():
                 started = time.perf_counter()
                 run()
                 if number >= options.warm_up:
-                    share = crops if name == "llama.cpp" else 1
-                    samples[name].append((time.perf_counter() - started) * 1e3 / share)
+                    samples[name].append((time.perf_counter() - started) * 1e3 / crops)
     base = np.array(samples["llama.cpp"])
-    print(f"\n{options.shape}, {side} x {side}, {options.threads} threads of {platform.machine()}")
+    print(f"\n{options.shape}, {width} x {side}, {options.threads} threads of {platform.machine()}")
     print("\n| tower | ms a crop | times as fast as llama.cpp |\n|---|---|---|")
     for name, times in samples.items():
         ratio = base / np.array(times)

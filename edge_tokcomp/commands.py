@@ -158,7 +158,7 @@ def _dry_run(
         "images": f"{len(sources)} found, {skip} done, {len(sources) - skip} to do",
         "language model": f"{vlm.lm} ({vlm.model.architecture}, {vlm.decoder.n_layer} layers)",
         "tower": f"{vlm.mmproj} ({engine.family_name}, {engine.precision}, {engine.reason})",
-        "image tokens": f"{describe(before, after)} a crop{shared}, method {vlm.method}",
+        "image tokens": f"{_budget(vlm, before, after)}{shared}, method {vlm.method}",
         "context": f"{vlm.decoder.n_ctx} rows; image and prompt take {prompt_rows(vlm, parameters)}, "
         f"the caption up to {parameters.max_tokens}",
         "prompt": parameters.prompt,
@@ -168,6 +168,16 @@ def _dry_run(
     for name, value in lines.items():
         print(f"{name:15} {value}")  # noqa: T201
     return 0
+
+
+def _budget(vlm: VLM, before: int, after: int) -> str:
+    """Image tokens that are kept, as far as that is known before a picture is seen."""
+    if not vlm.engine.sizes_differ:
+        return f"{describe(before, after)} a picture"
+    if not vlm.method.compresses or vlm.keep == 1.0:
+        return f"all of a picture's, whose number goes by its size (a crop of usual size has {before})"
+    amount = f"{vlm.keep}" if isinstance(vlm.keep, int) else f"{vlm.keep:.0%} of a picture's"
+    return f"{amount}, of as many as its size gives it (a crop of usual size has {before})"
 
 
 def ask(options: argparse.Namespace) -> int:
@@ -195,9 +205,9 @@ def inspect(options: argparse.Namespace) -> int:
     if Path(options.out).exists() and Path(options.out).samefile(options.image):
         raise UsageError(f"--out {options.out} is the picture itself; name another file")
     with _load(options) as vlm:
-        encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
         if not isinstance(vlm.engine, TowerEngine):
             raise UsageError(f"what llama.cpp's own tower sees cannot be drawn ({vlm.engine.reason})")
+        encoded = vlm.encode(image, options.question or CAPTION_PROMPT)
         spec = vlm.engine.spec
         pixels = vlm.engine.pixels(encoded.image.picture, encoded.variant)
         picture = draw_overlay(pixels, spec, encoded.tokens.layout, encoded.plan, str(vlm.method), encoded.owner)

@@ -20,7 +20,6 @@ from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
 from .methods import Method, TowerMethod
 from .methods.none import NoCompression
-from .variant import PLAIN, TowerVariant
 
 Picture = Any
 """A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image``, a ``SeenImage`` or an
@@ -28,6 +27,9 @@ Picture = Any
 
 Embed = Callable[[str | Tokens, bool], NDArray[np.float32]]
 """``(text, special)`` to ``(n, width)``: a language model's own rows for a text; ``special`` obeys its tokens."""
+
+
+WHOLE = NoCompression()
 
 
 class ImageEncoder:
@@ -41,13 +43,17 @@ class ImageEncoder:
         self._embed = embed
         self._pools = ThreadpoolController()
 
-    def see(self, picture: Picture, variant: TowerVariant = PLAIN) -> SeenImage:
-        """Look at ``picture``, unless that was done; raises ``ImageError`` for one that cannot be read."""
+    def see(self, picture: Picture, method: Method = WHOLE, keep: int | float = 1.0) -> SeenImage:
+        """Look at ``picture`` as ``method`` wants it looked at, unless that was done.
+
+        Raises ``ImageError`` for one that cannot be read.
+        """
         seen = picture if isinstance(picture, SeenImage) else None
-        if seen and seen.variant == variant:
-            return seen
         started = time.perf_counter()
         image = seen.image if seen else self._open(picture)
+        variant = self.engine.variant(method, keep, image.picture)
+        if seen and seen.variant == variant:
+            return seen
         decode = seen.timings_ms["decode"] if seen else (time.perf_counter() - started) * 1e3
         look = self.engine.look(image.picture, variant)
         return SeenImage(image, look.tokens, look.parts, {"decode": decode, **look.timings_ms}, variant, look.owner)
@@ -59,13 +65,13 @@ class ImageEncoder:
 
         The tower runs again only where the method needs it run otherwise.
         """
-        seen = self.see(seen, self.engine.variant(method, keep))
+        seen = self.see(seen, method, keep)
         started, tokens = time.perf_counter(), seen.tokens
         asked = "query" in method.needs | method.wants
         query = self._embed(question, False) if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
             # What a method of the tower's leaves is kept, all of it where it has nothing to do.
-            chooser = NoCompression() if isinstance(method, TowerMethod) else method
+            chooser = WHOLE if isinstance(method, TowerMethod) else method
             plan = chooser.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         rows = image_rows(seen.inner, kept, plan, tokens.layout, self._text, on_grid=self.engine.positions == "grid")

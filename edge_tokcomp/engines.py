@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def open_engine(
-    stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, precision: Precision | None,
-    provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
+    stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, row_width: int,
+    precision: Precision | None, provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
 ) -> Engine:  # fmt: skip
     """The engine of that ``name``; ``auto`` is ours, or llama.cpp's for models that have no tower here.
 
-    ``stack`` closes it. Raises ``UsageError`` for an unknown name, ``TokcompError`` for files that cannot be used.
+    ``row_width``: of the rows that the language model takes. ``stack`` closes the engine. Raises ``UsageError`` for an unknown name, ``TokcompError`` for files that cannot be used.
     """
     if name not in get_args(EngineName):
         raise UsageError(f"unknown engine {name!r}; one of {', '.join(get_args(EngineName))}")
@@ -39,14 +39,24 @@ def open_engine(
         except UnsupportedError as fault:
             if name == "onnx":
                 raise
-            reason = str(fault).removeprefix(f"{mmproj}: ")
-            logger.info("engine mtmd, llama.cpp's own: %s", reason)
+            reason = str(fault).removeprefix(f"{mmproj}: ").partition(";")[0]
+            logger.warning("pictures are looked at by llama.cpp's own tower (engine mtmd): %s", reason)
     if precision is not None:
         raise UsageError(f"precision {precision} is of our own towers, and this one is llama.cpp's ({reason})")
     if mmproj.is_dir():
         raise UsageError(
             f"{mmproj}: a folder, and llama.cpp's own tower (engine mtmd) needs the mmproj file; name that"
         )
-    engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, reason=f"llama.cpp's own (mtmd): {reason}")
+    if provider == "cuda":
+        raise UsageError(
+            f"provider {provider} is of our own towers, and this one is llama.cpp's ({reason}); it runs where "
+            "--gpu-layers puts the language model"
+        )
+    if row_width != model.n_embd_inp:
+        raise UsageError(
+            f"{mmproj}: llama.cpp's own tower (engine mtmd) does not serve a deepstack model in layer segments; use "
+            "engine onnx, or no layer steps"
+        )
+    engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, why=reason)
     stack.callback(engine.close)
     return engine

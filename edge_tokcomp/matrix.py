@@ -48,6 +48,8 @@ def run_matrix(
     for method in map(get_method, methods):
         for keep in keeps if method.compresses else (1.0,):
             arms += [Arm(method, keep, steps=each) for each in inside if method.compresses or each]
+    for arm in arms:
+        vlm.engine.variant(arm.method, arm.keep)  # refuses a method that cannot be run, before the first scene
     scored = score_arms(vlm, arms, scenes=scenes, seed=seed, tuning=tuning, told=told)
     draws = np.random.default_rng(0).integers(scenes, size=(RESAMPLES, scenes))
     means = [_task_mean(result.scores, draws) for result in scored]

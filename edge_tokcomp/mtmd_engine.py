@@ -30,16 +30,17 @@ MARK = "<__media__>"
 
 
 class MtmdEngine:
-    """libmtmd's tower of ``mmproj`` for ``model``; ``reason``: why it is used."""
+    """libmtmd's tower of ``mmproj`` for ``model``; ``why`` it is used."""
 
     name = "mtmd"
     precision = "gguf"
     """Its weights are computed with as the file holds them."""
     markers = (MARK,)
-    own_line = False
+    written = MARK
+    sizes_differ = True
 
-    def __init__(self, mmproj: Path, model: LanguageModel, *, threads: int, gpu: bool, reason: str) -> None:
-        self.mmproj, self.reason = mmproj, reason
+    def __init__(self, mmproj: Path, model: LanguageModel, *, threads: int, gpu: bool, why: str) -> None:
+        self.mmproj, self.reason = mmproj, f"llama.cpp's own (mtmd), on the {'GPU' if gpu else 'CPU'}: {why}"
         self._model = model
         self._encoder = MtmdEncoder(mmproj, model, threads=threads, gpu=gpu)
         self.row_width, self.causal = self._encoder.row_width, self._encoder.causal
@@ -63,7 +64,7 @@ class MtmdEngine:
             raise TokcompError(f"{folder}: cannot be written ({fault.strerror}); set EDGE_TOKCOMP_CACHE") from fault
         return folder
 
-    def variant(self, method: Method, keep: int | float) -> TowerVariant:
+    def variant(self, method: Method, keep: int | float, picture: Pil.Image | None = None) -> TowerVariant:
         """Plain; raises ``UsageError`` for methods that have the tower run otherwise."""
         if isinstance(method, TowerMethod):
             raise UsageError(
@@ -74,7 +75,9 @@ class MtmdEngine:
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows of a picture of usual size that enter the language model under ``method``."""
-        return tokens_to_keep(keep, self.crop_tokens) if method.compresses else self.crop_tokens
+        if not method.compresses:
+            return self.crop_tokens
+        return keep if isinstance(keep, int) else tokens_to_keep(keep, self.crop_tokens)
 
     def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
         """Have libmtmd prepare ``picture`` and encode its crops."""

@@ -93,7 +93,7 @@ def hash_of_model(vlm: VLM) -> str:
 
 def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
     """What was chosen where the user may have left it open, with the reason where there is one."""
-    written = chat_prompt(vlm.model, prompt, 1, vlm.engine.markers, vlm.engine.own_line)
+    written = chat_prompt(vlm.model, prompt, 1, vlm.engine.markers, vlm.engine.written)
     choices: dict[str, str | int] = {
         "engine": vlm.engine.name, "provider": vlm.engine.reason, "precision": vlm.engine.precision,
         "n_ctx": vlm.decoder.n_ctx, "threads": vlm.threads, "prompt_form": written.form,

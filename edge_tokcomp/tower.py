@@ -6,6 +6,7 @@ only the rows a method keeps pass through the projector.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Collection
@@ -108,6 +109,7 @@ class Tower:
     ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
     why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, pixels of the
     pictures it was made for, ``unit``, what other sides are multiples of, ``width`` (D) and ``language_width`` (d).
+    ``levels``: widths of its deepstack features.
     ``further``: what ``encode`` returns when asked.
     ``separator (d,) float32``: what stands between rows of tokens, where the model has such. Raises ``TokcompError``
     when the directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never
@@ -150,13 +152,15 @@ class Tower:
             self._taken: int = self._projector.get_inputs()[0].shape[1]
             if not 1 <= self._patch <= self.unit <= side or self.unit % self._patch or heads < 1:
                 raise ValueError(f"pictures of {side}, patches of {self._patch}, units of {self.unit}, heads {heads}")
-            if self.width < 1 or self._taken % self.width:
+            stacked: int = sum(o.shape[2] for o in self._tower.get_outputs() if o.name == "deepstack")
+            if self.width < 1 or self._taken != self.width + stacked or stacked % self.width:
                 raise ValueError(f"rows of {self.width} and {self._taken}")
+            self.levels = stacked // self.width
             self._heads = heads
             self.separator = _separator(self.directory / "separator.npy", self.language_width)
-        except (ValueError, TypeError, IndexError, KeyError) as fault:
+        except (ValueError, TypeError, IndexError, KeyError, OSError) as fault:
             raise TokcompError(
-                f"{self.directory}: its graphs are no tower and projector ({fault!r}); export the tower again"
+                f"{self.directory}: its files are no tower and projector ({fault!r}); export the tower again"
             ) from fault
 
     def encode(self, pixels: Floats, want: Collection[Literal["keys", "queries"]] = ()) -> TowerOutput:
@@ -228,13 +232,24 @@ class Tower:
 
 
 def _separator(path: Path, width: int) -> Floats | None:
-    """What is in ``path``, where it exists; raises ``ValueError`` for anything but a finite row of ``width``."""
+    """What is in ``path``, where it exists; raises ``ValueError`` for anything but a finite row of ``width``.
+
+    The file may come from anywhere: size and header are held against what such a row's are, and no header is parsed.
+    """
     if not path.is_file():
         return None
-    row = np.load(path, allow_pickle=False)
-    if row.shape != (width,) or row.dtype != np.float32 or not np.isfinite(row).all():
-        raise ValueError(f"separator of {row.shape} {row.dtype}")
-    return np.asarray(row)
+    wanted = io.BytesIO()
+    kind = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+    np.lib.format.write_array_header_1_0(wanted, {"descr": kind, "fortran_order": False, "shape": (width,)})
+    header = wanted.getvalue()
+    size = path.stat().st_size
+    if size != len(header) + 4 * width:
+        raise ValueError(f"a separator of {size} bytes for rows of {width}")
+    stored = path.read_bytes()
+    row = np.frombuffer(stored, np.float32, offset=len(header))
+    if not stored.startswith(header) or row.shape != (width,) or not np.isfinite(row).all():
+        raise ValueError("the separator is no finite row")
+    return row
 
 
 def _import_runtime() -> Any:

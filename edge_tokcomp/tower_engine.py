@@ -15,9 +15,10 @@ from PIL import Image as Pil
 
 from .answers import Look
 from .budget import tokens_to_keep
-from .errors import UsageError
-from .families import family_named
+from .errors import TokcompError, UsageError
+from .families import TowerSpec, family_named
 from .families.base import Pixels
+from .families.tower_spec import Limits
 from .methods import Method, TowerMethod
 from .tokens import Layout, Role, VisionTokens
 from .tower import Precision, Provider, Tower, TowerOutput
@@ -36,7 +37,6 @@ class TowerEngine:
     """
 
     name = "onnx"
-    own_line = True
 
     def __init__(
         self, mmproj: Path, *, precision: Precision | None, provider: Provider, threads: int, method: Method,
@@ -51,7 +51,8 @@ class TowerEngine:
         self.precision = self._plain.precision
         self.spec, self.directory = self._plain.spec, self._plain.directory
         self.family = family_named(self.spec.family)
-        self.causal, self.positions, self.markers = self.family.causal, self.family.positions, self.family.markers
+        self.causal, self.positions = self.family.causal, self.family.positions
+        self.markers, self.written = self.family.markers, self.family.written
         self.family_name = self.family.name
         self.tower = self._tower(self.variant(method, keep))
         self.row_width, self.reason = self.tower.language_width, self.tower.provider_reason
@@ -61,20 +62,34 @@ class TowerEngine:
         """Tokens of one crop of the size the tower was made for."""
         return int(self.spec.patches)
 
-    def variant(self, method: Method, keep: int | float) -> TowerVariant:
-        """How the tower is to be run for ``method``; raises ``UsageError`` where it cannot."""
+    @property
+    def sizes_differ(self) -> bool:
+        """Whether pictures differ in how many tokens they have."""
+        return bool(self.spec.limits != Limits())
+
+    def variant(self, method: Method, keep: int | float, picture: Pil.Image | None = None) -> TowerVariant:
+        """How the tower is to be run for ``method`` on the crops of ``picture``, of one crop if none is given.
+
+        Raises ``UsageError`` where it cannot be run so.
+        """
         if isinstance(method, TowerMethod) and self.spec.dynamic:
             raise UsageError(
                 f"method {method.name} runs the tower on crops of one size, and {self.family_name} takes pictures "
                 "of any size as they are; choose a method that acts after the tower"
             )
+        if not isinstance(method, TowerMethod):
+            return PLAIN
+        if isinstance(keep, int) and picture is not None:
+            keep = max(keep // len(self.pixels(picture).crops), 1)  # a number of tokens is meant for the whole picture
         wanted = tokens_to_keep(keep, self.spec.patches)
-        if not isinstance(method, TowerMethod) or wanted == self.spec.patches:
+        if wanted == self.spec.patches:
             return PLAIN
         return method.variant(wanted, self.spec.grid, self.spec.blocks)
 
     def kept(self, method: Method, keep: int | float) -> int:
-        """Rows of one crop that enter the language model under ``method``."""
+        """Rows that enter the language model under ``method``, of a picture of one crop or as many as are asked for."""
+        if self.sizes_differ and isinstance(keep, int) and method.compresses and not isinstance(method, TowerMethod):
+            return keep
         variant = self.variant(method, keep)
         if variant != PLAIN:
             return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks))
@@ -129,9 +144,28 @@ class TowerEngine:
             if merging != PLAIN:
                 files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
             opened = Tower(files.directory, provider=self._provider, threads=self.threads)
+            _check_described(opened, self.spec)
             stay = [PLAIN, *list(self._towers)[:1]]
             self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {merging: opened}
         return self._towers[merging]
+
+
+def _check_described(tower: Tower, spec: TowerSpec) -> None:
+    """Raise ``TokcompError`` unless the graphs are those of the tower that the description beside them is of."""
+    side = spec.image_size
+    for name, found, wanted in (
+        ("pictures", tower.image_size, (side, side)),
+        ("units", tower.unit, spec.unit),
+        ("rows", tower.width, spec.token_width),
+        ("deepstack levels", tower.levels, len(spec.deepstack)),
+        ("a class token", "queries" not in tower.further, spec.class_token),
+        ("a separator", tower.separator is not None, bool(spec.separator)),
+    ):
+        if found != wanted:
+            raise TokcompError(
+                f"{tower.directory}: its graphs are another tower's than its description ({name}: {found}, not "
+                f"{wanted}); export the tower again"
+            )
 
 
 def tower_file(mmproj: Path) -> Path:

@@ -24,7 +24,7 @@ from .errors import TokcompError, UsageError
 from .families.base import Tokens
 from .images import MAX_PIXELS
 from .language.generation import Generation, generate
-from .language.prompt import chat_prompt
+from .language.prompt import ChatPrompt, chat_prompt
 from .language.sampling import Sampling
 from .language.segment import available_cores
 from .language.segmented import SegmentedDecoder
@@ -139,7 +139,7 @@ class VLM:
             )
             self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
             self.engine = open_engine(
-                stack, engine, mmproj, self.model, precision=precision, provider=provider, threads=threads,
+                stack, engine, mmproj, self.model, row_width=self.decoder.row_width, precision=precision, provider=provider, threads=threads,
                 gpu=gpu_layers != 0, method=method, keep=keep,
             )  # fmt: skip
             self.encoder = ImageEncoder(self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels)
@@ -164,7 +164,7 @@ class VLM:
 
         Raises ``ImageError`` for a picture that cannot be read.
         """
-        return self.encoder.see(picture, self.engine.variant(self.method, self.keep))
+        return self.encoder.see(picture, self.method, self.keep)
 
     def encode(self, picture: Picture, question: str = CAPTION_PROMPT, *, share: Share | None = None) -> EncodedImage:
         """Decode, preprocess, run the tower, choose what to keep, project it.
@@ -283,11 +283,10 @@ class VLM:
         the same ``EncodedImage`` costs its own tokens only.
         """
         encoded = self._asked_about(picture, question)
-        prompt, prefill = self._prompt(encoded, question)
+        prompt, prompt_tokens, prefill = self._prompt(encoded, question)
         try:
             generation = self._generate(prompt, sampling, max_tokens, stop)
             text = generation.text()
-            prompt_tokens = self.decoder.length(_PREFIX) + sum(len(rows) for rows in prompt)
             share = self.decoder.layer_share(_ANSWER)
         finally:
             self.decoder.drop(_ANSWER)
@@ -313,7 +312,7 @@ class VLM:
         With ``dynamic``, of a picture that gets the mean, or with ``most`` as much as any can get.
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
-        pieces = chat_prompt(self.model, question, 1, self.engine.markers, self.engine.own_line).tokenize(self.model)
+        pieces = self._written(question, 1).tokenize(self.model)
         kept = self.engine.kept(self.method, self.keep)
         if most and self.sharing:
             kept = largest_share(kept, self.engine.crop_tokens)
@@ -334,20 +333,20 @@ class VLM:
         self.close()
 
     def _asked_about(self, picture: Picture, question: str) -> list[EncodedImage]:
+        self._written(question, 1)  # refuses what cannot be asked before the tower runs
         if not isinstance(picture, (list, tuple)):
             return [self.encode(picture, question)]
         if not picture:
             raise UsageError("an empty list holds no picture to ask about")
         return self.encode_all(picture, question)
 
-    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[list[Rows], float]:
+    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[list[Rows], int, float]:
         """Bring what of the prompt can be kept for further questions into the language model: up to the last image, or
-        up to the first where layer steps look at the question. The rest, and seconds spent."""
+        up to the first where layer steps look at the question. The rest, rows of the whole, and seconds spent."""
         if self._closed:
             raise ValueError("the model is closed; load it again")
         self._end_stream()
-        prompt = chat_prompt(self.model, question, len(images), self.engine.markers, self.engine.own_line)
-        pieces = prompt.around([image.around for image in images]).tokenize(self.model)
+        pieces = self._written(question, len(images)).around([image.around for image in images]).tokenize(self.model)
         started = time.perf_counter()
         parts = prompt_parts(self.embedding, pieces, images)
         needed = sum(map(len, parts)) + 1
@@ -367,7 +366,10 @@ class VLM:
         self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
         start = sum(part.advance for part in parts[:kept])
-        return rows_of(parts[kept:], start, _ANSWER), time.perf_counter() - started
+        return rows_of(parts[kept:], start, _ANSWER), needed - 1, time.perf_counter() - started
+
+    def _written(self, question: str, images: int) -> ChatPrompt:
+        return chat_prompt(self.model, question, images, self.engine.markers, self.engine.written)
 
     def _generate(
         self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]
@@ -385,7 +387,7 @@ class VLM:
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        prompt, _ = self._prompt(self._asked_about(picture, question), question)
+        prompt, _, _ = self._prompt(self._asked_about(picture, question), question)
 
         self._streaming = AnswerStream(
             self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)

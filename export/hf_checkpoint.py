@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from .source import Floats, Source
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PART_NAME = re.compile(r"[\w.+ -]{1,200}\.safetensors", re.ASCII)
+"""A file beside the index, whatever the system; one with nothing of the tower need not be there."""
 
 
 class Checkpoint(Source):
@@ -56,12 +59,13 @@ class Checkpoint(Source):
             name = names.of(stored)
             if name is None:
                 continue
-            if name in seen:
-                raise TokcompError(f"{self.path}: holds {name} twice, as {seen[name]} and {stored}; {self.again}")
-            seen[name] = stored
             if file not in files:
                 files[file] = _File(self.path / file)
-            yield from self._divided(name, files[file].tensor(stored))
+            for part, place in self._divided(name, files[file].tensor(stored)):
+                if part in seen:
+                    raise TokcompError(f"{self.path}: holds {part} twice, as {seen[part]} and {stored}; {self.again}")
+                seen[part] = stored
+                yield part, place
 
     def _divided(self, name: str, tensor: _Tensor) -> Iterator[tuple[str, _Part]]:
         """What an mmproj has of one tensor, under one name or several."""
@@ -163,8 +167,8 @@ def _places(folder: Path, files: dict[str, _File]) -> Mapping[str, str]:
     if index.exists():
         places = read_settings(index).part("weight_map").values
         for place in places.values():
-            if not isinstance(place, str) or Path(place).name != place or not place.endswith(".safetensors"):
-                raise TokcompError(f"{index}: {place!r:.80} is no *.safetensors beside it; {Checkpoint.again}")
+            if not isinstance(place, str) or not _PART_NAME.fullmatch(place):
+                raise TokcompError(f"{index}: {place!a:.80} is no *.safetensors beside it; {Checkpoint.again}")
         return places
     names = [_WHOLE] if (folder / _WHOLE).exists() else sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:

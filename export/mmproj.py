@@ -52,7 +52,13 @@ class Mmproj(Source):
         except (ValueError, KeyError, IndexError, OSError) as fault:
             raise TokcompError(f"{self.path}: not a readable GGUF ({fault}); download or convert it again") from fault
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._stored = dict(self._names())
+        self._stored: dict[str, tuple[str, int | None]] = {}
+        for name, place in self._names():
+            if name in self._stored:
+                raise TokcompError(
+                    f"{self.path}: holds {name!r} twice, as {self._stored[name][0]!r} and {place[0]!r}; {self.again}"
+                )
+            self._stored[name] = place
         self.shapes = {name: self._shape(*place) for name, place in self._stored.items()}
 
     def _names(self) -> Iterator[tuple[str, tuple[str, int | None]]]:

@@ -107,7 +107,7 @@ def _attention(
 ) -> tuple[Floats, Floats]:
     """What rows take in, ``(B, heads, S, d)`` as the arguments, and what row 0 attends to, ``(B, heads, S)``.
 
-    One head at a time: the weights of all heads of a large picture are gigabytes.
+    One head at a time and in place: the weights of all heads of a large picture are gigabytes.
     """
     taken, first = np.empty_like(value), np.empty(value.shape[:3], np.float32)
     for head in range(value.shape[1]):
@@ -115,7 +115,8 @@ def _attention(
         scores += log_sizes[:, None]
         if near is not None:
             scores[:, ~near] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        scores -= scores.max(-1, keepdims=True)
+        weights = np.exp(scores, out=scores)
         weights /= weights.sum(-1, keepdims=True)
         taken[:, head], first[:, head] = weights @ value[:, head], weights[:, 0]
     return taken, first

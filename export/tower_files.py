@@ -2,8 +2,9 @@
 
 Sources are an mmproj GGUF and the folder of a Hugging Face checkpoint.
 
-A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``) and ``tower.json``: the ``TowerSpec``,
-what was exported from what, the check's figures, and size and checksum of every file. It is built aside and renamed
+A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``), ``separator.npy`` where the model has
+one, and ``tower.json``: the ``TowerSpec``, what was exported from what, the check's figures, and size and checksum of
+every file. It is built aside and renamed
 into place, so that it is whole or not there; of two builders at once the first one's is kept. What a killed builder
 leaves behind is removed by the next one.
 
@@ -29,7 +30,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.families import family_for
+from edge_tokcomp.families import family_for, family_named
 from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Precision
 from edge_tokcomp.variant import PLAIN, TowerVariant
@@ -42,8 +43,9 @@ from .shapes import language_width, projector_shapes, tower_shapes
 from .source import Source
 from .vit import key_block, write_projector, write_tower
 
-EXPORTER = 3
-"""Raise it whenever the graphs written for the same file change: cached towers are then built anew."""
+EXPORTER = 4
+"""Raise it whenever the graphs or the description (``TowerSpec``) written for the same file change, so also where a
+family's recipe does: cached towers are then built anew."""
 
 _MOST_BYTES = 1 << 20
 """Of a description; it has a few thousand."""
@@ -117,13 +119,14 @@ def cached_tower(
     return _cached(replace(order, variant=variant), home)
 
 
-def written_width(mmproj: Path) -> int:
-    """Width of the rows that the projector of ``mmproj`` writes; raises ``TokcompError`` for one that is not whole.
+def written_rows(mmproj: Path) -> tuple[int, str]:
+    """Width of the rows that the projector of ``mmproj`` writes, and the positions that their family gives them; raises
+    ``TokcompError`` for one that is not whole.
 
     Nothing but the header is read.
     """
     source, spec = _opened(_Order(mmproj, "fp32"))
-    return language_width(spec, source) * (1 + len(spec.deepstack))
+    return language_width(spec, source) * (1 + len(spec.deepstack)), family_named(spec.family).positions
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,9 @@ def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iter
         try:
             with threadpool_limits(limits=order.threads, user_api="blas"):
                 if plain is None:
-                    check, left_alone = _write_graphs(spec, source, partial, order.precision)
+                    check, left_alone = _write_graphs(spec, source, partial, order)
                 else:
-                    check, left_alone = _write_variant(plain, source, partial, order.variant), plain.left_in_fp32
+                    check, left_alone = _write_variant(plain, source, partial, order), plain.left_in_fp32
             _log.info("%s tower (%s) of %s: %s", order.precision, order.variant, order.source, check)
             files = {
                 path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())
@@ -224,7 +227,8 @@ def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iter
         yield partial
 
 
-def _write_graphs(spec: TowerSpec, source: Source, into: Path, precision: Precision) -> tuple[Check, tuple[str, ...]]:
+def _write_graphs(spec: TowerSpec, source: Source, into: Path, order: _Order) -> tuple[Check, tuple[str, ...]]:
+    precision, threads = order.precision, order.threads or 1
     reference = Reference.of(spec, source)
     if not np.isfinite(reference.embeddings).all():
         raise TokcompError(f"{source.path}: its weights give no finite numbers; download or convert it again")
@@ -234,36 +238,38 @@ def _write_graphs(spec: TowerSpec, source: Source, into: Path, precision: Precis
         np.save(into / "separator.npy", source.tensor(spec.separator, (language_width(spec, source),)))
     if precision == "fp32":
         write_tower(spec, source, into / "tower.onnx")
-        check = check_tower(into, reference)
+        check = check_tower(into, reference, threads)
         if not check.exact:
             raise TokcompError(f"{source.path}: its export differs from the source ({check}); please report this file")
         return check, ()
     if precision == "fp16":
         write_tower(spec, source, into / "tower.onnx", half=True)
-        check = check_tower(into, reference)
+        check = check_tower(into, reference, threads)
         if not check.close:
             raise TokcompError(f"{source.path}: fp16 loses too much of this tower ({check}); use precision fp32")
         return check, ()
     for left_alone in _LEFT_ALONE:
         write_tower(spec, source, into / "tower.onnx", int8=[name for name in _LINEARS if name not in left_alone])
-        check = check_tower(into, reference)
+        check = check_tower(into, reference, threads)
         if check.close:
             return check, left_alone
         _log.info("int8 with %s in fp32: %s, not enough", ", ".join(left_alone) or "nothing", check)
     raise TokcompError(f"{source.path}: int8 loses too much of this tower ({check}); use precision fp32")
 
 
-def _write_variant(plain: TowerFiles, source: Source, into: Path, variant: TowerVariant) -> Check:
-    """The tower of ``plain`` with the merges of ``variant``, over the same weights."""
-    spec = plain.spec
-    for name in ("tower.onnx.data", "projector.onnx", "projector.onnx.data", *["separator.npy"] * bool(spec.separator)):
+def _write_variant(plain: TowerFiles, source: Source, into: Path, order: _Order) -> Check:
+    """The tower of ``plain`` with the merges that are ordered, over the same weights."""
+    spec, variant, threads = plain.spec, order.variant, order.threads or 1
+    for name in _names(spec)[1:]:  # ``tower.onnx`` is its own.
         try:
             os.link(plain.directory / name, into / name)
         except OSError:  # Some disks have no links.
             shutil.copyfile(plain.directory / name, into / name)
     int8 = [name for name in _LINEARS if name not in plain.left_in_fp32] if plain.precision == "int8" else []
     write_tower(spec, source, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
-    check = check_tower(into, Reference.of_variant(spec, source, variant, into, _SLACK[plain.precision]))
+    check = check_tower(
+        into, Reference.of_variant(spec, source, variant, into, _SLACK[plain.precision], threads), threads
+    )
     if plain.precision == "fp32" and not check.exact:
         raise TokcompError(
             f"{source.path}: its export ({variant}) differs from the source ({check}); please report this file"
@@ -275,10 +281,10 @@ def _write_variant(plain: TowerFiles, source: Source, into: Path, variant: Tower
 
 def _final_grid(spec: TowerSpec, variant: TowerVariant, precision: Precision) -> tuple[int, int]:
     if variant.merges and precision == "fp16":
-        raise UsageError(f"patches cannot be merged inside a tower of fp16 ({variant}); use precision fp32 or int8")
-    if variant.merges and (spec.merge > 1 or spec.rotary or spec.window or spec.deepstack):
+        raise UsageError("patches cannot be merged inside a tower of fp16; use precision fp32 or int8")
+    if variant.merges and (spec.dynamic or spec.merge > 1 or spec.rotary or spec.window or spec.deepstack):
         raise UsageError(
-            f"{spec.family}: patches cannot be merged inside this tower ({variant}); choose a method that acts after it"
+            f"{spec.family}: patches cannot be merged inside this tower; choose a method that acts after it"
         )
     # What the tower returns besides the features is of one block, which no merge may come after.
     return variant.final_grid(spec.grid, key_block(spec) + 1)
@@ -323,21 +329,38 @@ def _exported(directory: Path, precision: Precision | None, variant: TowerVarian
 def _read(directory: Path, variant: TowerVariant = PLAIN) -> TowerFiles:
     """The description of a directory whose files all are as they were written; raises ``TokcompError``."""
     try:
-        if (directory / "tower.json").stat().st_size > _MOST_BYTES:
-            raise TokcompError(f"{directory}: tower.json is damaged")
-        body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
-        if body["exporter"] != EXPORTER:
-            raise TokcompError(f"{directory}: written by another version of edge-tokcomp; export the tower again")
-        if body.pop("crc32") != _crc32_of(body) or body["variant"] != str(variant) or not body["files"]:
-            raise TokcompError(f"{directory}: tower.json is damaged")
-        for name, wanted in body["files"].items():
-            path = directory / name
-            if path.stat().st_size != wanted["bytes"] or _crc32(path) != wanted["crc32"]:
-                raise TokcompError(f"{path} is damaged")
-        spec, check = TowerSpec.from_dict(body["spec"]), Check(**body["check"])
-        return TowerFiles(directory, spec, body["precision"], check, tuple(body["left_in_fp32"]), variant)
+        return _described(directory, variant)
+    except TokcompError as fault:
+        raise TokcompError(f"{directory}: {fault}") from fault
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise TokcompError(f"{directory}: not an exported tower ({fault})") from fault
+
+
+def _described(directory: Path, variant: TowerVariant) -> TowerFiles:
+    if (directory / "tower.json").stat().st_size > _MOST_BYTES:
+        raise TokcompError("tower.json is damaged")
+    body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
+    if body["exporter"] != EXPORTER:
+        raise TokcompError("written by another version of edge-tokcomp; export the tower again")
+    if body.pop("crc32") != _crc32_of(body) or body["variant"] != str(variant):
+        raise TokcompError("tower.json is damaged")
+    spec, precision = TowerSpec.from_dict(body["spec"]), body["precision"]
+    family_named(spec.family)
+    if precision not in get_args(Precision):
+        raise TokcompError(f"precision {precision!r:.40} is none of {', '.join(get_args(Precision))}")
+    if set(body["files"]) != set(_names(spec)):
+        raise TokcompError(f"tower.json lists other files than {', '.join(_names(spec))}; export the tower again")
+    for name in _names(spec):
+        path, wanted = directory / name, body["files"][name]
+        if path.stat().st_size != wanted["bytes"] or _crc32(path) != wanted["crc32"]:
+            raise TokcompError(f"{name} is damaged")
+    return TowerFiles(directory, spec, precision, Check(**body["check"]), tuple(body["left_in_fp32"]), variant)
+
+
+def _names(spec: TowerSpec) -> tuple[str, ...]:
+    """The files of a tower besides its description."""
+    graphs = ("tower.onnx", "tower.onnx.data", "projector.onnx", "projector.onnx.data")
+    return (*graphs, *["separator.npy"] * bool(spec.separator))
 
 
 def _sha256(*paths: Path) -> str:

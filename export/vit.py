@@ -22,8 +22,11 @@ from .shapes import Shapes, language_width, projector_shapes, tower_shapes
 from .source import Source
 from .windows import Windows
 
-TRIAL_GRID = (10, 14)
-"""Tokens of the picture that a tower of pictures of any size is tried on."""
+_TRIAL = (12, 42)
+"""Patches of the picture that a tower is tried on which takes any size, or is too large to be tried in NumPy at its
+own: more in one direction than a table of positions has, fewer in the other, and no whole number of windows."""
+_LARGE = 1024
+"""Patches."""
 
 
 def key_block(spec: TowerSpec) -> int:
@@ -33,10 +36,11 @@ def key_block(spec: TowerSpec) -> int:
 
 def picture_size(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
     """Height and width in pixels of the pictures a variant of the tower is meant for."""
-    rows, columns = variant.grid or (TRIAL_GRID if spec.dynamic else spec.grid)
-    if variant.grid is None and not spec.dynamic:
+    if variant.grid is not None:
+        return variant.grid[0] * spec.unit, variant.grid[1] * spec.unit
+    if not spec.dynamic and (variant.merges or math.prod(spec.table_grid) <= _LARGE):
         return spec.image_size, spec.image_size
-    return rows * spec.unit, columns * spec.unit
+    return _TRIAL[0] // spec.merge * spec.unit, _TRIAL[1] // spec.merge * spec.unit
 
 
 def write_tower(

@@ -100,7 +100,7 @@ def test_a_dry_run_changes_nothing(pair: Pair, tmp_path: Path, capsys: Captured)
     assert main([*command, "--dry-run"]) == 0
     assert not out.exists()
     said = capsys.readouterr().out
-    for line in ("2 found, 0 done, 2 to do", "36 → 9 (25.0 %) a crop, method mosaic", "4096 rows", "llava15"):
+    for line in ("2 found, 0 done, 2 to do", "36 → 9 (25.0 %) a picture, method mosaic", "4096 rows", "llava15"):
         assert line in said
     assert main(command) == 0
     cut = out.read_bytes()[:-5]

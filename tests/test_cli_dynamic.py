@@ -29,7 +29,7 @@ def test_caption_shares_the_budget_of_the_run(
     folder, out = folder_of(tmp_path / "p", range(7)), tmp_path / "o.jsonl"
     command = ["caption", str(folder), *pair.options, *FEW, "--out", str(out), "--keep", str(KEEP), "--dynamic"]
     assert main([*command, "batch", "--dry-run"]) == 0
-    assert "36 → 12 (33.3 %) a crop on average, 6 to 24 by what there is to see (dynamic batch)" in (
+    assert "36 → 12 (33.3 %) a picture on average, 6 to 24 by what there is to see (dynamic batch)" in (
         capsys.readouterr().out
     )
     assert not out.exists()

@@ -81,7 +81,7 @@ def test_a_model_without_a_tower_here_is_served_and_the_reason_said(
 ) -> None:
     with other.open(keep=8) as vlm:
         assert isinstance(vlm.engine, MtmdEngine)
-        assert vlm.engine.reason.startswith("llama.cpp's own (mtmd): projector qwen2.5o is not supported")
+        assert vlm.engine.reason.startswith("llama.cpp's own (mtmd), on the CPU: projector qwen2.5o is not")
         assert isinstance(vlm.caption(photo(168, 140), max_tokens=4), str)
     photo(168, 140).save(tmp_path / "a.png")
     files = ["--lm", str(other.lm), "--mmproj", str(other.mmproj), "--ctx", "1024"]

@@ -192,7 +192,7 @@ def test_a_picture_beyond_reason_is_refused(proof: Proof) -> None:
     ("changes", "message"),
     [
         ({"clip.vision.projector.scale_factor": 3}, "16 patches a side .* cannot be merged by 3"),
-        ({"clip.vision.projector.scale_factor": 0}, "merge 0"),
+        ({"clip.vision.projector.scale_factor": 0}, "scale_factor 0"),
         ({"clip.vision.projector.scale_factor": "4"}, "scale_factor is '4', not an integer"),
         ({"clip.vision.patch_size": 0}, "patch_size 0"),
         ({"clip.vision.image_size": 1 << 30}, "image_size 1073741824"),

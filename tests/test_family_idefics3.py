@@ -236,8 +236,9 @@ def test_the_longest_edge_has_a_bound() -> None:
     [
         ({"clip.vision.projector.scale_factor": 3}, "8 patches a side of image_size 32 cannot be merged by 3"),
         ({"clip.vision.projector.scale_factor": None}, "scale_factor is missing"),
-        ({"clip.vision.projector.scale_factor": 0}, "merge 0"),
-        ({"clip.vision.preproc_image_size": 0}, "preproc_image_size 0 leaves no picture"),
+        ({"clip.vision.projector.scale_factor": 0}, "scale_factor 0"),
+        ({"clip.vision.preproc_image_size": 0}, "preproc_image_size 0"),
+        ({"clip.vision.preproc_image_size": 4096}, "makes up to 16384 tiles of 32 pixels a side, 64 are possible"),
         ({"clip.vision.patch_size": 0}, "patch_size 0"),
         ({"clip.vision.attention.head_count": 7}, "not a multiple of its 7 heads"),
         ({"clip.vision.block_count": 9}, "9 blocks, the file holds 3"),

@@ -292,13 +292,13 @@ def test_llama_cpp_feeds_whole_tiles_then_the_overview_and_no_newline(proof: Pro
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"clip.vision.image_grid_pinpoints": [48]}, TokcompError, "not heights and widths of whole tiles of 48"),
-        ({"clip.vision.image_grid_pinpoints": [48, 50]}, TokcompError, "not heights and widths"),
-        ({"clip.vision.image_grid_pinpoints": [0, 48]}, TokcompError, "not heights and widths"),
+        ({"clip.vision.image_grid_pinpoints": [48]}, TokcompError, "not heights and widths"),
+        ({"clip.vision.image_grid_pinpoints": [48, 50]}, TokcompError, "not height and width of whole tiles of 48"),
+        ({"clip.vision.image_grid_pinpoints": [0, 48]}, TokcompError, "pinpoints 0"),
         ({"clip.vision.image_grid_pinpoints": 48}, TokcompError, "not heights and widths"),
         ({"clip.vision.image_grid_pinpoints": ["a", "b"]}, TokcompError, "not heights and widths"),
         ({"clip.vision.image_grid_pinpoints": [48 * 65, 48]}, TokcompError, "more than 64 tiles"),
-        ({"clip.vision.image_grid_pinpoints": [2**31 - 32, 2**31 - 32]}, TokcompError, "more than 64 tiles"),
+        ({"clip.vision.image_grid_pinpoints": [2**31 - 32, 2**31 - 32]}, TokcompError, "pinpoints 2147483616"),
         ({"clip.vision.image_size": 0}, TokcompError, "image_size 0"),
         ({"clip.vision.mm_patch_merge_type": "flat"}, UnsupportedError, "'flat' is not spatial_unpad"),
     ],
@@ -316,9 +316,11 @@ def test_impossible_metadata_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("method", ["resolution", "luvc"])
-def test_a_budget_of_a_whole_crop_leaves_all_crops_whole(proof: Proof, method: str) -> None:
-    """An integer is tokens a crop for methods of the tower: one that is not below a crop's changes nothing."""
-    with proof.open(method=method, keep=proof.spec.patches) as vlm:
-        encoded = vlm.encode(photo(150, 100))
-    assert len(encoded.tokens.layout.grids) > 1
-    assert len(encoded.plan) == encoded.plan.before
+def test_a_number_of_tokens_is_meant_for_all_crops_together(proof: Proof, method: str) -> None:
+    with proof.open(method=method, keep=60) as vlm:
+        some = vlm.encode(photo(150, 100))
+    with proof.open(method=method, keep=10_000) as vlm:
+        every = vlm.encode(photo(150, 100))
+    assert len(some.tokens.layout.grids) > 1
+    assert len(some.plan) <= 60 + some.tokens.layout.protected.sum()
+    assert len(every.plan) == every.plan.before

@@ -203,12 +203,13 @@ def test_a_lower_resolution_is_refused(proof: Proof) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clip.vision.spatial_merge_size": 0}, "merge 0"),
+        ({"clip.vision.spatial_merge_size": 0}, "spatial_merge_size 0"),
         ({"clip.vision.spatial_merge_size": 2.0}, "spatial_merge_size is 2.0, not an integer"),
         ({"clip.vision.spatial_merge_size": 60}, "60 patches of 8 are larger"),
         ({"clip.vision.patch_size": 0}, "patch_size 0"),
         ({"clip.rope.freq_base": 0.0}, "base 0.0 of rotary positions"),
         ({"clip.vision.attention.head_count": 16}, "heads of 2 channels cannot be rotated"),
+        ({"clip.vision.image_size": 8192}, "makes up to 262144 tokens of 16 pixels a side, 16384 are possible"),
         ({"clip.vision.image_size": 1 << 30}, "image_size 1073741824"),
     ],
 )

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from edge_tokcomp import load
 from edge_tokcomp.errors import ImageError, TokcompError, UsageError
 from edge_tokcomp.families import family_for
 from family_proof import Proof, assert_same_rows, assert_same_text, assert_same_when_rows_are_dropped, photo
+from hf_language import write_language
 
 NAMES = ("qwen2vl", "qwen25vl", "qwen3vl")
 SIZES = ((64, 64), (100, 60), (203, 151), (31, 330))
@@ -90,10 +92,17 @@ def test_a_sliver_is_refused(proof: Proof) -> None:
     ("changes", "message"),
     [
         ({"clip.vision.n_wa_pattern": 0}, "n_wa_pattern 0"),
-        ({"clip.vision.window_size": 13}, "windows of 0 tokens"),
+        ({"clip.vision.window_size": 13}, "window.side 0"),
         ({"clip.vision.n_wa_pattern": None}, "n_wa_pattern is missing"),
         ({"clip.vision.spatial_merge_size": 99, "clip.vision.window_size": 4000}, "merge 99"),
         ({"clip.vision.is_deepstack_layers": [True] * 9}, "does not say which of"),
+        ({"clip.vision.patch_size": 0}, "patch_size 0"),
+        ({"clip.vision.spatial_merge_size": 0}, "spatial_merge_size 0"),
+        ({"clip.vision.spatial_merge_size": "2"}, "spatial_merge_size is '2', not an integer"),
+        ({"clip.vision.window_size": 0.5}, "window_size is 0.5, not an integer"),
+        ({"clip.vision.image_min_pixels": 783}, r"783 to 3211264 pixels of a picture are not within 784\.\.12845056"),
+        ({"clip.vision.image_max_pixels": 16384 * 784 + 1}, "3136 to 12845057 pixels"),
+        ({"clip.vision.image_min_pixels": 4000, "clip.vision.image_max_pixels": 3999}, "4000 to 3999 pixels"),
         ({"clip.vision.attention.head_count": 7}, "not a multiple of its 7 heads"),
     ],
 )
@@ -113,3 +122,23 @@ def test_impossible_metadata_is_refused_in_one_line(tmp_path: Path, changes: dic
 def test_methods_that_run_the_tower_otherwise_are_refused_at_loading(proof: Proof, method: str) -> None:
     with pytest.raises(UsageError, match=f"method {method} runs the tower on crops of one size, and qwen"):
         proof.open(method=method, keep=8)
+
+
+def test_prompt_tokens_are_those_of_the_processor(proof: Proof) -> None:
+    """Rows, not positions: a picture of M-RoPE moves the text on by less than it has rows."""
+    pictures = [photo(203, 151), photo(100, 60)]
+    with proof.open() as vlm:
+        answer = vlm.answer(pictures, "what is this", max_tokens=2)
+    assert answer.prompt_tokens == proof.asked(pictures, "what is this")["input_ids"].shape[1]
+
+
+def test_a_template_that_takes_no_image_gets_the_marks_around_it(proof: Proof, tmp_path: Path) -> None:
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    plain = turns + "<|im_start|>assistant\n"
+    lm = write_language(proof.model, proof.name, tmp_path / "plain.gguf", proof.tokenizer, plain)
+    with load(lm, proof.mmproj, threads=1, provider="cpu", n_ctx=512) as vlm:
+        encoded = vlm.encode(photo(100, 60))
+        pieces = vlm._written("what is this", 1).around([encoded.around]).tokenize(vlm.model)
+        said = [vlm.model.detokenize(piece, special=True) for piece in pieces]
+    assert said[0].endswith("<|im_start|>user\n<|vision_start|>")
+    assert said[1].startswith("<|vision_end|>what is this<|im_end|>")

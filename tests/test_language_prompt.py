@@ -73,8 +73,8 @@ def test_several_images_and_none(tmp_path: Path) -> None:
 def test_a_longer_marker_takes_the_text_around_the_image_out(tmp_path: Path) -> None:
     template = PARTS.replace("<image>", "<|im_start|><pad><|im_end|>")
     with open_with(tmp_path, template) as model:
-        inner = chat_prompt(model, "q", 1, ("<pad>",))
-        whole = chat_prompt(model, "q", 1, ("<|im_start|><pad><|im_end|>",))
+        inner = chat_prompt(model, "q", 1, ("<pad>",), "<pad>\n")
+        whole = chat_prompt(model, "q", 1, ("<|im_start|><pad><|im_end|>",), "<|im_start|><pad><|im_end|>\n")
     assert inner.pieces[0] == "<|im_start|>user\n<|im_start|>"
     assert whole.pieces[0] == "<|im_start|>user\n"
     assert inner.form == whole.form == "image parts"
@@ -82,7 +82,7 @@ def test_a_longer_marker_takes_the_text_around_the_image_out(tmp_path: Path) -> 
 
 def test_a_template_that_writes_another_mark_falls_back_visibly(tmp_path: Path) -> None:
     with open_with(tmp_path, PARTS) as model:
-        prompt = chat_prompt(model, "q", 1, ("<other>",))
+        prompt = chat_prompt(model, "q", 1, ("<other>",), "<other>\n")
     assert prompt.form == "text parts"
     assert "'<other>' 0 times for 1 images" in prompt.reason
     assert prompt.pieces == ("<|im_start|>user\n", "\nq<|im_end|>\n<|im_start|>assistant\n")
@@ -131,3 +131,19 @@ def test_control_tokens_a_user_writes_are_text(tmp_path: Path) -> None:
     assert IM_END not in spelled
     assert sum((piece == IM_END).sum() for piece in sly) == sum((piece == IM_END).sum() for piece in plain)
     assert " ".join(map(str, spelled.tolist())) in " ".join(map(str, sly[1].tolist()))
+
+
+@pytest.mark.parametrize("question", ["<|im_end|>", "<|im_start|>", "<|im_start|>user", "x<|im_end|>y", "user", "\n"])
+def test_what_a_question_spells_changes_nothing_around_it(tmp_path: Path, question: str) -> None:
+    """The words are text; the same words of the template stay what they are."""
+    with open_with(tmp_path, "{{ '<|im_start|>system\nyou see<|im_end|>' }}" + CHATML) as model:
+        plain = chat_prompt(model, "QQQ", 1)
+        asked = chat_prompt(model, question, 1)
+        pieces, wanted = asked.around([("<|im_start|>", "<|im_end|>")]), plain.around([("<|im_start|>", "<|im_end|>")])
+        words = model.tokenize(question.strip(), add_special=False, parse_special=False)
+        for found, expected, number in zip(pieces.tokenize(model), wanted.tokenize(model), range(2), strict=True):
+            controls = [token for token in expected.tolist() if token in (IM_START, IM_END)]
+            assert [token for token in found.tolist() if token in (IM_START, IM_END)] == controls, number
+        last = pieces.tokenize(model)[1].tolist()
+        if "<" in question:
+            assert any(last[at : at + len(words)] == words.tolist() for at in range(len(last)))

@@ -67,6 +67,19 @@ def test_a_missing_tensor_is_named(tmp_path):
         opened(tmp_path / "m.gguf")
 
 
+def test_queries_that_stand_there_twice_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch="clip")
+    for name, rows in (("attn_qkv", 12), ("attn_q", 4)):
+        writer.add_tensor(f"v.blk.0.{name}.weight", np.zeros((rows, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(TokcompError, match=r"'v.blk.0.attn_q.weight' twice, as 'v.blk.0.attn_qkv.*' and") as fault:
+        Mmproj(tmp_path / "m.gguf")
+    assert "\n" not in str(fault.value)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -94,7 +107,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path, name, shape):
         ("clip.vision.attention.head_count", 5, "width 64 is not a multiple of its 5 heads"),
         ("clip.vision.block_count", 4, "after 4 blocks, the file holds 3"),
         ("clip.vision.block_count", 4_000_000_000, "after 4000000000 blocks, the file holds 3"),
-        ("clip.vision.block_count", 0, "blocks 0"),
+        ("clip.vision.block_count", 0, "block_count 0 is not possible"),
         ("clip.vision.image_std", [0.2, 0.0, 0.2], "image_std"),
         ("clip.vision.image_mean", [0.2, 0.2], "not three numbers"),
         ("clip.vision.image_mean", [0.2, float("nan"), 0.2], "image_mean"),

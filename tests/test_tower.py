@@ -13,15 +13,13 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.export import check, tower_files
-from edge_tokcomp.export.check import check_tower
+from edge_tokcomp.export import tower_files
 from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.export.reference import reference_projector, reference_tower
 from edge_tokcomp.export.tower_files import cache_directory, cached_tower, export_tower
 from edge_tokcomp.export.vit import write_projector, write_tower
 from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Tower
-from edge_tokcomp.variant import Merge, TowerVariant
 from tiny_mmproj import MLP, write_mmproj
 
 
@@ -99,66 +97,6 @@ def test_features_stop_at_the_layer_the_file_names(tmp_path):
     output = tower.encode(pictures(1, 48))
     assert error(output.features, out.hidden_states[2].numpy()) <= 1e-4
     assert error(output.cls_attention, out.attentions[1][:, :, 0, :].numpy()) <= 1e-4
-
-
-def test_int8_stays_close_to_transformers_and_is_a_third_of_the_size(tmp_path):
-    tiny = write_mmproj(tmp_path / "m.gguf", kind=Kind.Q8_0, width=128, heads=4, ffn=512, image=96)
-    small = export_tower(tiny.path, tmp_path / "int8", "int8")
-    large = export_tower(tiny.path, tmp_path / "fp32")
-    found = Tower(small.directory, provider="cpu", threads=1).encode(pictures(2, 96)).features
-    wanted, _ = by_transformers(tiny, pictures(2, 96))
-    cosine = (found * wanted).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(wanted, axis=-1)
-    assert cosine.mean() >= 0.999
-    assert small.check.cosine == pytest.approx(cosine.mean(), abs=1e-3)
-    sizes = [(files.directory / "tower.onnx.data").stat().st_size for files in (small, large)]
-    assert sizes[0] < sizes[1] / 3
-
-
-def test_fp16_stays_within_its_rounding_of_transformers_and_is_half_the_size(tmp_path):
-    tiny = write_mmproj(tmp_path / "m.gguf", kind=Kind.F16, width=128, ffn=512)
-    small = export_tower(tiny.path, tmp_path / "fp16", "fp16")
-    whole = export_tower(tiny.path, tmp_path / "fp32")
-    found, wanted = (
-        Tower(files.directory, provider="cpu", threads=1).encode(pictures(1, 48)).features for files in (small, whole)
-    )
-    assert found.dtype == np.float32
-    assert 1e-5 < error(found, wanted) < 5e-3
-    for name in ("tower.onnx.data", "projector.onnx.data"):
-        assert (small.directory / name).stat().st_size < 0.6 * (whole.directory / name).stat().st_size
-    merging = TowerVariant(merges=(Merge(0, 1, 0),))
-    with pytest.raises(UsageError, match="cannot be merged inside a tower of fp16"):
-        cached_tower(tiny.path, "fp16", tmp_path / "cache", variant=merging)
-
-
-def test_fp16_that_overflows_is_refused(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(check, "NEAR", 0.0)
-    with pytest.raises(TokcompError, match="fp16 loses too much of this tower"):
-        export_tower(tiny.path, tmp_path / "fp16", "fp16")
-
-
-def test_int8_leaves_sensitive_layers_alone_until_it_is_close_enough(tmp_path, tiny, monkeypatch):
-    checks = iter([0.5, 0.5, 1.0])
-    monkeypatch.setattr(
-        tower_files, "check_tower", lambda *args: dataclasses.replace(check_tower(*args), cosine=next(checks))
-    )
-    directory = export_tower(tiny.path, tmp_path / "int8", "int8").directory
-    assert json.loads((directory / "tower.json").read_text())["left_in_fp32"] == ["ffn_down"]
-    kinds = {
-        node.input[1].removesuffix(".weight").removesuffix(".levels"): node.op_type
-        for node in onnx.load(directory / "tower.onnx", load_external_data=False).graph.node
-        if "MatMul" in node.op_type
-    }
-    assert kinds["v.blk.1.ffn_down"] == "MatMul"
-    assert kinds["v.blk.1.ffn_up"] == kinds["v.blk.1.attn_q"] == "DynamicQuantizeMatMul"
-
-
-def test_int8_that_is_never_close_is_refused(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(
-        tower_files, "check_tower", lambda *args: dataclasses.replace(check_tower(*args), cosine=float("nan"))
-    )
-    with pytest.raises(TokcompError, match="use precision fp32"):
-        export_tower(tiny.path, tmp_path / "int8", "int8")
-    assert not list(tmp_path.iterdir())
 
 
 def test_reference_equals_transformers(tiny):
@@ -244,9 +182,9 @@ def builds(monkeypatch):
     """The precisions of the towers that were built, in order."""
     seen = []
 
-    def counted(spec, mmproj, into, precision):
-        seen.append(precision)
-        return write_graphs(spec, mmproj, into, precision)
+    def counted(spec, mmproj, into, order):
+        seen.append(order.precision)
+        return write_graphs(spec, mmproj, into, order)
 
     write_graphs = tower_files._write_graphs
     monkeypatch.setattr(tower_files, "_write_graphs", counted)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair
@@ -15,6 +20,7 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.export import tower_files
 from edge_tokcomp.export.tower_files import cached_tower, export_tower
 from edge_tokcomp.parameters import hash_of_model
+from edge_tokcomp.variant import Merge, TowerVariant
 from family_proof import Proof, assert_same_rows, assert_same_text, photo
 from hf_folder import write_folder
 from picture_files import pictures
@@ -142,3 +148,75 @@ def test_llama_cpps_own_tower_takes_no_folder(tmp_path: Path) -> None:
     export_tower(tiny.path, tmp_path / "tower")
     with pytest.raises(UsageError, match=r"a folder, and llama.cpp's own tower \(engine mtmd\) needs the mmproj file"):
         load(lm, tmp_path / "tower", engine="mtmd", threads=1)
+
+
+def forged(directory: Path, copy: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy whose description says what ``change`` makes of it, with a checksum that holds."""
+    shutil.copytree(directory, copy)
+    body = json.loads((copy / "tower.json").read_text())
+    del body["crc32"]
+    change(body)
+    (copy / "tower.json").write_text(json.dumps(body | {"crc32": tower_files._crc32_of(body)}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda body: body["files"].pop("projector.onnx.data"),
+            "lists other files than tower.onnx, tower.onnx.d",
+        ),
+        (lambda body: body["files"].update({"separator.npy": {"bytes": 1, "crc32": 1}}), "lists other files than"),
+        (lambda body: body["files"].update({"../../etc/passwd": {"bytes": 1, "crc32": 1}}), "lists other files than"),
+        (lambda body: body.update(files=[1]), "lists other files than"),
+        (lambda body: body["files"].update({"tower.onnx": 5}), "not an exported tower"),
+        (lambda body: body["spec"].update(separator="v.break"), "lists other files than .*, separator.npy; export"),
+        (lambda body: body.update(precision="fp99"), "precision 'fp99' is none of fp32, fp16, int8"),
+        (lambda body: body.update(precision=5), "precision 5 is none of"),
+        (lambda body: body["spec"].update(family="nope"), "unknown model family 'nope'; known: "),
+        (lambda body: body["spec"].update(heads=0), "heads 0 is not an integer within"),
+    ],
+)
+def test_a_description_that_cannot_be(
+    directory: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    copy = forged(directory, tmp_path / "tower", change)
+    with pytest.raises(TokcompError, match=rf"^{copy}: .*{message}") as fault:
+        cached_tower(copy)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"image_size": 24}, r"pictures: \(48, 48\), not \(24, 24\)"),
+        ({"patch_size": 4}, "units: 8, not 4"),
+        ({"width": 32, "heads": 2}, "rows: 64, not 32"),
+        ({"deepstack": [{"block": 0, "projector": [{"kind": "linear", "name": "a"}]}]}, "deepstack levels: 0, not 1"),
+        ({"class_token": False, "attention_block": None}, "a class token: True, not False"),
+    ],
+)
+def test_a_description_of_another_tower(
+    pair: Pair, directory: Path, tmp_path: Path, spec: dict[str, object], message: str
+) -> None:
+    copy = forged(directory, tmp_path / "tower", lambda body: body["spec"].update(spec))
+    with pytest.raises(TokcompError, match=rf"^{copy}: its graphs are another tower's .* \({message}\)") as fault:
+        opened(pair, copy)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_separator_that_the_description_does_not_name(pair: Pair, directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(directory, tmp_path / "tower")
+    with opened(pair, copy) as vlm:
+        width = vlm.engine.row_width
+    np.save(copy / "separator.npy", np.ones(width, np.float32))
+    with pytest.raises(TokcompError, match=r"another tower's than its description \(a separator: True, not False\)"):
+        opened(pair, copy)
+
+
+def test_patches_are_not_merged_where_pictures_have_any_size(directory: Path) -> None:
+    spec, merging = cached_tower(directory).spec, TowerVariant(merges=(Merge(0, 1, 0),))
+    assert tower_files._final_grid(spec, merging, "fp32") == (spec.grid[0], spec.grid[1] - 1)
+    with pytest.raises(UsageError, match="patches cannot be merged inside this tower"):
+        tower_files._final_grid(replace(spec, dynamic=True), merging, "fp32")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,59 @@ def test_whatever_onnx_runtime_raises_is_one_line(
     with pytest.raises(TokcompError, match=r"projector\.onnx: ONNX Runtime fails on cpu \(") as caught:
         tower.project(np.ones((1, 3), np.float32))
     assert "\n" not in str(caught.value)
+
+
+def header(shape: str, kind: str = "'<f4'") -> bytes:
+    """What NumPy would write before an array that says so of itself."""
+    text = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def saved(write: Callable[..., None], row: list[float]) -> bytes:
+    with io.BytesIO() as stream:
+        write(stream, np.asarray(row, np.float32))
+        return stream.getvalue()
+
+
+_ROW = saved(np.save, [1, 2, 3])
+SEPARATORS = {
+    "empty": b"",
+    "header cut off": _ROW[:40],
+    "row cut off": _ROW[:-4],
+    "longer": _ROW + bytes(4),
+    "claims a terabyte": header("(1000000000000,)"),
+    "claims more than can be": header(f"({2**63},)"),
+    "claims less than nothing": header("(-1,)"),
+    "archive": saved(np.savez, [1, 2, 3]),
+    "no archive": b"PK\x03\x04junk",
+    "pickle": b"\x80\x04.",
+    "objects": header("(3,)", "'|O'") + bytes(12),
+    "other numbers": header("(3,)", "'<i4'") + bytes(12),
+    "column": header("(3, 1)") + bytes(12),
+    "deep": b"\x93NUMPY\x01\x00" + struct.pack("<H", 60000) + b"(" * 60000,
+    "not finite": saved(np.save, [1, np.nan, 3]),
+    "as large as a row": bytes(len(_ROW)),
+}
+
+
+@pytest.mark.parametrize("name", SEPARATORS)
+def test_a_separator_that_is_no_row(directory: Path, name: str) -> None:
+    (directory / "separator.npy").write_bytes(_ROW)
+    separator = Tower(directory, provider="cpu", threads=1).separator
+    assert separator is not None
+    assert separator.tolist() == [1, 2, 3]
+    (directory / "separator.npy").write_bytes(SEPARATORS[name])
+    with pytest.raises(TokcompError, match=rf"^{directory}: .*separator.*; export the tower again$") as fault:
+        Tower(directory, provider="cpu", threads=1)
+    assert "\n" not in str(fault.value)
+
+
+def test_deepstack_features_that_the_projector_does_not_take(directory: Path) -> None:
+    with Graph(directory / "tower.onnx") as graph:
+        pixels = graph.input("pixels", ("batch", 3, 2, 2))
+        for name, width in (("features", 3), ("deepstack", 6)):
+            graph.output(graph.node("Reshape", pixels, graph.ints(-1, 4, width)), name, ("batch", 4, width))
+        graph.save({"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1"})
+    with pytest.raises(TokcompError, match=r"are no tower and projector .*rows of 3 and 3"):
+        Tower(directory, provider="cpu", threads=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -78,7 +78,11 @@ class Family(Protocol):
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """What chat templates of the family write for an image; the first is written where a template takes none."""
+        """What chat templates of the family write for an image."""
+
+    @property
+    def written(self) -> str:
+        """What is put into the text for an image where a template takes none; the first marker stands within."""
 
     def matches(self, metadata: Metadata) -> bool:
         """Whether an mmproj with this metadata belongs to the family."""
@@ -116,13 +120,44 @@ def projector_type(metadata: Metadata) -> str:
 
 
 def read_integer(metadata: Metadata, key: str) -> int:
-    """An integer of the metadata; raises ``TokcompError`` when it is missing or something else."""
+    """An integer of the metadata, all of which are 1 or more; raises ``TokcompError`` when it is something else."""
     value = metadata.get(key)
     if type(value) is not int:
-        raise TokcompError(
-            f"{key} is {'missing' if value is None else f'{value!r}, not an integer'}; convert the model again"
-        )
+        raise _fault(key, value, "an integer")
+    if value < 1:
+        raise TokcompError(f"{key} {value} is not possible, 1 or more is; convert the model again")
     return value
+
+
+def read_optional_integer(metadata: Metadata, key: str, default: int) -> int:
+    """``read_integer`` where the metadata has the key, else ``default``."""
+    return read_integer(metadata, key) if key in metadata else default
+
+
+def first_side(shapes: TensorShapes, name: str) -> int:
+    """Length of a tensor's slowest axis, 0 where there is none."""
+    return (shapes.get(name) or (0,))[0]
+
+
+def vit_values(metadata: Metadata, shapes: TensorShapes, without: Collection[str] = ()) -> dict[str, Any]:
+    """What most recipes read alike, by the names of ``TowerSpec``, but for those a family knows better.
+
+    Raises ``TokcompError`` for what is missing or of another type.
+    """
+    vision = "clip.vision."
+    readers: dict[str, Callable[[], Any]] = {
+        "image_size": lambda: read_integer(metadata, f"{vision}image_size"),
+        "patch_size": lambda: read_integer(metadata, f"{vision}patch_size"),
+        "width": lambda: read_integer(metadata, f"{vision}embedding_length"),
+        "heads": lambda: read_integer(metadata, f"{vision}attention.head_count"),
+        "ffn_width": lambda: read_integer(metadata, f"{vision}feed_forward_length"),
+        "blocks": lambda: read_blocks(metadata, shapes),
+        "eps": lambda: read_number(metadata, f"{vision}attention.layer_norm_epsilon"),
+        "image_mean": lambda: read_three(metadata, f"{vision}image_mean"),
+        "image_std": lambda: read_three(metadata, f"{vision}image_std"),
+        "patch_bias": lambda: "v.patch_embd.bias" in shapes,
+    }
+    return {name: read() for name, read in readers.items() if name not in without}
 
 
 def read_blocks(metadata: Metadata, shapes: TensorShapes) -> int:
@@ -142,18 +177,19 @@ def check_blocks(blocks: int, shapes: TensorShapes) -> None:
 def read_number(metadata: Metadata, key: str) -> float:
     """A number of the metadata; raises ``TokcompError`` when it is missing or something else."""
     value = metadata.get(key)
-    if type(value) not in (int, float):
-        raise TokcompError(
-            f"{key} is {'missing' if value is None else f'{value!r}, not a number'}; convert the model again"
-        )
-    return float(value)  # type: ignore[arg-type]
+    if type(value) is not int and type(value) is not float:
+        raise _fault(key, value, "a number")
+    return float(value)
 
 
 def read_three(metadata: Metadata, key: str) -> tuple[float, float, float]:
     """Three numbers of the metadata; raises ``TokcompError`` when they are missing or something else."""
     value = metadata.get(key)
     if not isinstance(value, list) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
-        raise TokcompError(
-            f"{key} is {'missing' if value is None else f'{value!r}, not three numbers'}; convert the model again"
-        )
+        raise _fault(key, value, "three numbers")
     return float(value[0]), float(value[1]), float(value[2])
+
+
+def _fault(key: str, value: Any, kind: str) -> TokcompError:
+    found = "missing" if value is None else f"{value!r:.80}, not {kind}"
+    return TokcompError(f"{key} is {found}; convert the model again")

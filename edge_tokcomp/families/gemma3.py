@@ -28,10 +28,8 @@ from edge_tokcomp.families.base import (
     Pixels,
     TensorShapes,
     projector_type,
-    read_blocks,
-    read_integer,
-    read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import BILINEAR, check_picture, normalised, resized
 from edge_tokcomp.families.tower_spec import Step, TowerSpec
@@ -51,35 +49,26 @@ class Gemma3:
     causal: bool = False
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<start_of_image>",)
+    written: str = "<start_of_image>"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "gemma3"
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        scale = "clip.vision.projector.scale_factor"
-        eps = read_number(metadata, "clip.vision.attention.layer_norm_epsilon")
+        values = vit_values(metadata, shapes)
         return TowerSpec(
             family=self.name,
-            image_size=read_integer(metadata, "clip.vision.image_size"),
-            patch_size=read_integer(metadata, "clip.vision.patch_size"),
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=read_blocks(metadata, shapes),
             activation="gelu_tanh",
-            eps=eps,
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
             projector=(
-                Step("rms_norm", "mm.soft_emb_norm", bias=False, eps=eps),
+                Step("rms_norm", "mm.soft_emb_norm", bias=False, eps=values["eps"]),
                 Step("linear", "mm.input_projection", bias=False, transposed=True),
             ),
             class_token=False,
             attention_block=None,
-            patch_bias="v.patch_embd.bias" in shapes,
             post_norm=True,
-            merge=read_integer(metadata, scale) if scale in metadata else _MERGE,
+            merge=read_optional_integer(metadata, "clip.vision.projector.scale_factor", _MERGE),
             pool=True,
+            **values,
         )
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:

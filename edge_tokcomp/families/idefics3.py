@@ -27,17 +27,15 @@ from typing import Literal
 
 from PIL import Image
 
-from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
     Pixels,
     TensorShapes,
     projector_type,
-    read_blocks,
     read_integer,
-    read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import LANCZOS, check_picture, cut, normalised, resized
 from edge_tokcomp.families.tower_spec import Limits, Step, TowerSpec
@@ -61,37 +59,27 @@ class Idefics3:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>",)
+    written: str = "<image>"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "idefics3"
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        size = read_integer(metadata, "clip.vision.image_size")
-        longest = _LONGEST_TILES * size
-        if "clip.vision.preproc_image_size" in metadata:
-            longest = read_integer(metadata, "clip.vision.preproc_image_size")
-        if longest < 1:
-            raise TokcompError(f"clip.vision.preproc_image_size {longest} leaves no picture; convert the model again")
-        eps = read_number(metadata, "clip.vision.attention.layer_norm_epsilon")
+        values = vit_values(metadata, shapes)
+        if math.isclose(values["eps"], _CONVERTERS_EPS, rel_tol=1e-3):
+            values["eps"] = _SIGLIPS_EPS
+        usual = _LONGEST_TILES * values["image_size"]
+        longest = read_optional_integer(metadata, "clip.vision.preproc_image_size", usual)
         return TowerSpec(
             family=self.name,
-            image_size=size,
-            patch_size=read_integer(metadata, "clip.vision.patch_size"),
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=read_blocks(metadata, shapes),
             activation="gelu_tanh",
-            eps=_SIGLIPS_EPS if math.isclose(eps, _CONVERTERS_EPS, rel_tol=1e-3) else eps,
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
             projector=(Step("linear", "mm.model.fc", bias=False),),
             class_token=False,
             attention_block=None,
-            patch_bias="v.patch_embd.bias" in shapes,
             post_norm=True,
             merge=read_integer(metadata, "clip.vision.projector.scale_factor"),
             limits=Limits(longest_edge=min(longest, _LONGEST_EDGE)),
+            **values,
         )
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:

@@ -27,19 +27,17 @@ from typing import Literal
 
 from PIL import Image
 
-from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
     Pixels,
     TensorShapes,
     projector_type,
-    read_blocks,
     read_integer,
-    read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
-from edge_tokcomp.families.pictures import BICUBIC, MOST_TILES, check_picture, cut, normalised, resized
+from edge_tokcomp.families.pictures import BICUBIC, check_picture, cut, normalised, resized
 from edge_tokcomp.families.tower_spec import Limits, Step, TowerSpec
 from edge_tokcomp.tokens import Layout
 
@@ -57,37 +55,32 @@ class InternVL:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>", "<IMG_CONTEXT>")
+    written: str = "<image>\n"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "internvl"
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        blocks = read_blocks(metadata, shapes)
+        values = vit_values(metadata, shapes)
         return TowerSpec(
             family=self.name,
-            image_size=read_integer(metadata, "clip.vision.image_size"),
-            patch_size=read_integer(metadata, "clip.vision.patch_size"),
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=blocks,
             activation="silu" if metadata.get("clip.use_silu") is True else "gelu",
-            eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
             projector=(
                 Step("layer_norm", "mm.model.mlp.0"), Step("linear", "mm.model.mlp.1"), Step("gelu"),
                 Step("linear", "mm.model.mlp.3"),
             ),
             class_token=True,
-            attention_block=blocks - 1,
-            patch_bias="v.patch_embd.bias" in shapes,
+            attention_block=values["blocks"] - 1,
             norm="layer" if "v.blk.0.ln1.bias" in shapes else "rms",
             qkv_bias="v.blk.0.attn_q.bias" in shapes or "v.blk.0.attn_qkv.bias" in shapes,
             qk_norm="v.blk.0.attn_q_norm.weight" in shapes,
             layer_scale="v.blk.0.ls1.weight" in shapes,
             merge=read_integer(metadata, "clip.vision.projector.scale_factor"),
-            limits=_limits(metadata),
+            limits=Limits(
+                min_tiles=read_optional_integer(metadata, "clip.vision.preproc_min_tiles", _LEAST_TILES),
+                max_tiles=read_optional_integer(metadata, "clip.vision.preproc_max_tiles", _MOST_TILES),
+            ),
+            **values,
         )  # fmt: skip
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
@@ -109,16 +102,6 @@ class InternVL:
 
     def prompt(self, pixels: Pixels) -> tuple[Part, ...]:
         return "<img>", tuple(range(len(pixels.crops))), "</img>"
-
-
-def _limits(metadata: Metadata) -> Limits:
-    least, most = (
-        read_integer(metadata, key) if (key := f"clip.vision.preproc_{name}_tiles") in metadata else usual
-        for name, usual in (("min", _LEAST_TILES), ("max", _MOST_TILES))
-    )
-    if not 1 <= least <= most <= MOST_TILES:
-        raise TokcompError(f"pictures of {least} to {most} tiles are not possible, 1 to {MOST_TILES} are")
-    return Limits(min_tiles=least, max_tiles=most)
 
 
 def _tiles(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:

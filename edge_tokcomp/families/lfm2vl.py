@@ -36,11 +36,11 @@ from edge_tokcomp.families.base import (
     Part,
     Pixels,
     TensorShapes,
+    first_side,
     projector_type,
-    read_blocks,
     read_integer,
-    read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import BILINEAR, check_picture, cut, fit_area, normalised, resized
 from edge_tokcomp.families.tower_spec import Limits, Step, TowerSpec
@@ -49,8 +49,6 @@ from edge_tokcomp.tokens import Layout
 _TILE = 512
 _LEAST_TOKENS, _MOST_TOKENS = 64, 256
 _LEAST_TILES, _MOST_TILES = 2, 10
-_MOST_ASKED = 64
-"""Tiles that a file may ask for; what nobody means is refused before memory is taken."""
 _TOLERANCE = 2.0
 """Times ``max_pixels`` that a picture may have and still be one crop."""
 _NORM_EPS = 1e-5
@@ -67,6 +65,7 @@ class Lfm2VL:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>",)
+    written: str = "<image>"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "lfm2"
@@ -75,40 +74,31 @@ class Lfm2VL:
         patch = read_integer(metadata, "clip.vision.patch_size")
         merge = read_integer(metadata, "clip.vision.projector.scale_factor")
         unit = patch * merge
-        if min(patch, merge) < 1 or _TILE % unit:
+        if _TILE % unit:
             raise TokcompError(
                 f"{merge} by {merge} patches of {patch} do not divide a tile of {_TILE} pixels; convert the model again"
             )
         limits = Limits(
-            min_pixels=_optional(metadata, "image_min_pixels", _LEAST_TOKENS * unit**2),
-            max_pixels=_optional(metadata, "image_max_pixels", _MOST_TOKENS * unit**2),
-            min_tiles=_optional(metadata, "preproc_min_tiles", _LEAST_TILES),
-            max_tiles=_optional(metadata, "preproc_max_tiles", _MOST_TILES),
+            min_pixels=read_optional_integer(metadata, "clip.vision.image_min_pixels", _LEAST_TOKENS * unit**2),
+            max_pixels=read_optional_integer(metadata, "clip.vision.image_max_pixels", _MOST_TOKENS * unit**2),
+            min_tiles=read_optional_integer(metadata, "clip.vision.preproc_min_tiles", _LEAST_TILES),
+            max_tiles=read_optional_integer(metadata, "clip.vision.preproc_max_tiles", _MOST_TILES),
         )
-        _check(limits, unit)
-        side = math.isqrt(shapes.get("v.position_embd.weight", (0,))[0])
+        side = math.isqrt(first_side(shapes, "v.position_embd.weight"))
         norm = (Step("layer_norm", "mm.input_norm", eps=_NORM_EPS),) if "mm.input_norm.weight" in shapes else ()
         return TowerSpec(
             family=self.name,
             image_size=side * patch,
-            patch_size=patch,
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=read_blocks(metadata, shapes),
             activation="gelu_tanh",
-            eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
             projector=(*norm, Step("linear", "mm.1"), Step("gelu"), Step("linear", "mm.2")),
             class_token=False,
             attention_block=None,
             dynamic=True,
-            patch_bias="v.patch_embd.bias" in shapes,
             post_norm="v.post_ln.weight" in shapes,
             positions="bilinear",
             merge=merge,
             limits=limits,
+            **vit_values(metadata, shapes, without=("image_size",)),
         )
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
@@ -150,25 +140,6 @@ class Lfm2VL:
             start = "" if number else "<|image_start|>"
             parts += [f"{start}<|img_row_{row + 1}_col_{column + 1}|>", (number,)]
         return *parts, "<|img_thumbnail|>", (last,), "<|image_end|>"
-
-
-def _optional(metadata: Metadata, name: str, usual: int) -> int:
-    key = f"clip.vision.{name}"
-    return read_integer(metadata, key) if key in metadata else usual
-
-
-def _check(limits: Limits, unit: int) -> None:
-    """Raise ``TokcompError`` for limits that no picture can be brought within, or only one of another order."""
-    for name, least, most, top in (
-        ("pixels", limits.min_pixels, limits.max_pixels, (2 * _TILE) ** 2),
-        ("tiles", limits.min_tiles, limits.max_tiles, _MOST_ASKED),
-    ):
-        if least is None or most is None or not 1 <= least <= most <= top:
-            raise TokcompError(
-                f"{least} to {most} {name} of a picture are not within 1..{top}; convert the model again"
-            )
-    if limits.max_pixels is not None and limits.max_pixels < unit**2:
-        raise TokcompError(f"pictures of {limits.max_pixels} pixels have no room for a token of {unit}x{unit}")
 
 
 def _is_large(image: Image.Image, spec: TowerSpec) -> bool:

@@ -32,8 +32,7 @@ from edge_tokcomp.families.base import (
     check_blocks,
     projector_type,
     read_integer,
-    read_number,
-    read_three,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import check_picture, normalised
 from edge_tokcomp.families.tower_spec import Activation, Step, TowerSpec
@@ -52,6 +51,7 @@ class Llava15:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>",)
+    written: str = "<image>\n"
 
     def matches(self, metadata: Metadata) -> bool:
         # LLaVA-1.6 is an mlp file too, but one picture is several crops there.
@@ -86,21 +86,13 @@ def clip_tower(family: str, metadata: Metadata, shapes: TensorShapes) -> TowerSp
     check_blocks(blocks, shapes)
     return TowerSpec(
         family=family,
-        image_size=read_integer(metadata, "clip.vision.image_size"),
-        patch_size=read_integer(metadata, "clip.vision.patch_size"),
-        width=read_integer(metadata, "clip.vision.embedding_length"),
-        heads=read_integer(metadata, "clip.vision.attention.head_count"),
-        ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
         blocks=blocks,
         activation=_activation(metadata),
-        eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-        image_mean=read_three(metadata, "clip.vision.image_mean"),
-        image_std=read_three(metadata, "clip.vision.image_std"),
         projector=(Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
         class_token=True,
         attention_block=blocks - 1,
-        patch_bias="v.patch_embd.bias" in shapes,
         pre_norm="v.pre_ln.weight" in shapes,
+        **vit_values(metadata, shapes, without=("blocks",)),
     )
 
 
@@ -110,7 +102,7 @@ def _feature_layer(metadata: Metadata) -> int:
         return read_integer(metadata, "clip.vision.block_count")
     if not isinstance(layers, list) or len(layers) != 1 or type(layers[0]) is not int or layers[0] < 1:
         raise UnsupportedError(
-            f"clip.vision.feature_layer {layers!r} is not one block; towers that stack several are not supported"
+            f"clip.vision.feature_layer {layers!r:.80} is not one block; towers that stack several are not supported"
         )
     return layers[0]
 

@@ -35,7 +35,7 @@ from PIL import Image
 from edge_tokcomp.errors import TokcompError, UnsupportedError
 from edge_tokcomp.families.base import Metadata, Part, Pixels, TensorShapes, projector_type
 from edge_tokcomp.families.llava15 import clip_tower
-from edge_tokcomp.families.pictures import BICUBIC, MOST_TILES, check_picture, cut, normalised, resized
+from edge_tokcomp.families.pictures import BICUBIC, check_picture, cut, normalised, resized
 from edge_tokcomp.families.tower_spec import Limits, TowerSpec
 from edge_tokcomp.tokens import Ints, Layout, Role
 
@@ -55,6 +55,7 @@ class LlavaNext:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("<image>",)
+    written: str = "<image>\n"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "mlp" and _PINPOINTS in metadata
@@ -63,8 +64,8 @@ class LlavaNext:
         tower = clip_tower(self.name, metadata, shapes)
         merge_type = metadata.get(_MERGE_TYPE, "spatial_unpad")
         if merge_type != "spatial_unpad":
-            raise UnsupportedError(f"{_MERGE_TYPE} {merge_type!r} is not spatial_unpad and is not supported")
-        limits = Limits(pinpoints=_pinpoints(metadata, tower.image_size))
+            raise UnsupportedError(f"{_MERGE_TYPE} {merge_type!r:.80} is not spatial_unpad and is not supported")
+        limits = Limits(pinpoints=_pinpoints(metadata))
         separator = next((name for name in _NEWLINES if name in shapes), "")
         if not separator:
             _log.warning("the mmproj holds no image_newline: rows of tiles are fed one after another without newlines")
@@ -99,16 +100,12 @@ class LlavaNext:
         return (0,), tuple(range(1, len(pixels.crops)))
 
 
-def _pinpoints(metadata: Metadata, side: int) -> tuple[tuple[int, int], ...]:
-    """The sizes that tiles of ``side`` pixels make up; raises ``TokcompError`` for what cannot be such."""
+def _pinpoints(metadata: Metadata) -> tuple[tuple[int, int], ...]:
+    """The sizes that tiles make up; raises ``TokcompError`` for what are no pairs of integers."""
     values = metadata[_PINPOINTS]
-    whole = isinstance(values, list) and all(type(v) is int and v > 0 and v % side == 0 for v in values)
-    if not whole or not values or len(values) % 2:
-        raise TokcompError(f"{_PINPOINTS} {values!r:.200} are not heights and widths of whole tiles of {side} pixels")
-    pairs = tuple(zip(values[::2], values[1::2], strict=True))
-    if any(height * width > MOST_TILES * side * side for height, width in pairs):
-        raise TokcompError(f"{_PINPOINTS} {values!r:.200} ask for more than {MOST_TILES} tiles of {side} pixels")
-    return pairs
+    if not isinstance(values, list) or not values or len(values) % 2 or not all(type(v) is int for v in values):
+        raise TokcompError(f"{_PINPOINTS} {values!r:.80} are not heights and widths; convert the model again")
+    return tuple(zip(values[::2], values[1::2], strict=True))
 
 
 def _best(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:

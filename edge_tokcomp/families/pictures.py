@@ -14,9 +14,6 @@ from edge_tokcomp.families.tower_spec import TowerSpec
 LONGEST_SIDE = 65_535
 """Pixels; a longer picture would be resized or padded to gigabytes."""
 
-MOST_TILES = 64
-"""Crops of one picture that a file may ask for."""
-
 BILINEAR, BICUBIC, LANCZOS = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 

@@ -32,10 +32,9 @@ from edge_tokcomp.families.base import (
     Pixels,
     TensorShapes,
     projector_type,
-    read_blocks,
-    read_integer,
     read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import BICUBIC, check_picture, normalised, resized
 from edge_tokcomp.families.tower_spec import Limits, Rotary, Step, TowerSpec
@@ -57,28 +56,19 @@ class Pixtral:
     causal: bool = True
     positions: Literal["line", "grid"] = "line"
     markers: tuple[str, ...] = ("[IMG]",)
+    written: str = "[IMG]"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) == "pixtral"
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        side, base = "clip.vision.spatial_merge_size", "clip.rope.freq_base"
-        merge = read_integer(metadata, side) if side in metadata else 1
+        values, base = vit_values(metadata, shapes), "clip.rope.freq_base"
+        merge = read_optional_integer(metadata, "clip.vision.spatial_merge_size", 1)
         joins = merge > 1 or "mm.patch_merger.weight" in shapes
         first = (Step("linear", "mm.patch_merger", bias=False, by_channel=True),) if joins else ()
-        image_size = read_integer(metadata, "clip.vision.image_size")
         return TowerSpec(
             family=self.name,
-            image_size=image_size,
-            patch_size=read_integer(metadata, "clip.vision.patch_size"),
-            width=read_integer(metadata, "clip.vision.embedding_length"),
-            heads=read_integer(metadata, "clip.vision.attention.head_count"),
-            ffn_width=read_integer(metadata, "clip.vision.feed_forward_length"),
-            blocks=read_blocks(metadata, shapes),
             activation="gelu" if metadata.get("clip.use_gelu") is True else "silu",
-            eps=read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-            image_mean=read_three(metadata, "clip.vision.image_mean"),
-            image_std=read_three(metadata, "clip.vision.image_std"),
             projector=(
                 *first,
                 Step("linear", "mm.1", bias="mm.1.bias" in shapes),
@@ -102,7 +92,8 @@ class Pixtral:
             ),
             merge=merge,
             separator="v.token_embd.img_break",
-            limits=Limits(longest_edge=image_size),
+            limits=Limits(longest_edge=values["image_size"]),
+            **values,
         )
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:

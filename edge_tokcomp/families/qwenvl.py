@@ -27,11 +27,12 @@ from edge_tokcomp.families.base import (
     Part,
     Pixels,
     TensorShapes,
+    first_side,
     projector_type,
-    read_blocks,
     read_integer,
     read_number,
-    read_three,
+    read_optional_integer,
+    vit_values,
 )
 from edge_tokcomp.families.pictures import BICUBIC, check_picture, fit_area, normalised, resized
 from edge_tokcomp.families.tower_spec import Deepstack, Limits, Rotary, Step, TowerSpec, Window
@@ -54,33 +55,26 @@ class QwenVL:
     causal: bool = True
     positions: Literal["line", "grid"] = "grid"
     markers: tuple[str, ...] = ("<|image_pad|>",)
+    written: str = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def matches(self, metadata: Metadata) -> bool:
         return projector_type(metadata) in self.projectors
 
     def spec(self, metadata: Metadata, shapes: TensorShapes) -> TowerSpec:
-        blocks = read_blocks(metadata, shapes)
-        patch = read_integer(metadata, "clip.vision.patch_size")
-        merge = int(metadata.get("clip.vision.spatial_merge_size", 2))
-        unit = (patch * merge) ** 2
-        values: dict[str, Any] = {
-            "family": self.name, "image_size": read_integer(metadata, "clip.vision.image_size"), "patch_size": patch,
-            "width": read_integer(metadata, "clip.vision.embedding_length"),
-            "heads": read_integer(metadata, "clip.vision.attention.head_count"),
-            "ffn_width": shapes.get("v.blk.0.ffn_up.bias", (0,))[0], "blocks": blocks, "activation": "quick_gelu",
-            "eps": read_number(metadata, "clip.vision.attention.layer_norm_epsilon"),
-            "image_mean": read_three(metadata, "clip.vision.image_mean"),
-            "image_std": read_three(metadata, "clip.vision.image_std"),
+        values = vit_values(metadata, shapes, without=("ffn_width",))
+        merge = read_optional_integer(metadata, "clip.vision.spatial_merge_size", 2)
+        unit = values["patch_size"] * merge
+        values |= {
+            "family": self.name, "ffn_width": first_side(shapes, "v.blk.0.ffn_up.bias"), "activation": "quick_gelu",
             "projector": (Step("linear", "mm.0"), Step("gelu"), Step("linear", "mm.2")),
             "class_token": False, "attention_block": None, "dynamic": True, "patch_slices": 2,
-            "patch_bias": "v.patch_embd.bias" in shapes, "post_norm": True, "positions": None, "rotary": Rotary(),
-            "merge": merge,
+            "post_norm": True, "positions": None, "rotary": Rotary(), "merge": merge,
             "limits": Limits(
-                int(metadata.get("clip.vision.image_min_pixels", self.least_tokens * unit)),
-                int(metadata.get("clip.vision.image_max_pixels", _MOST_TOKENS * unit)),
+                read_optional_integer(metadata, "clip.vision.image_min_pixels", self.least_tokens * unit**2),
+                read_optional_integer(metadata, "clip.vision.image_max_pixels", _MOST_TOKENS * unit**2),
             ),
         }  # fmt: skip
-        return TowerSpec(**values | self.own(metadata, patch * merge, blocks))
+        return TowerSpec(**values | self.own(metadata, unit, values["blocks"]))
 
     def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
         """What of the spec is the model's own."""
@@ -129,9 +123,7 @@ class Qwen25VL(QwenVL):
 
     def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
         every = read_integer(metadata, "clip.vision.n_wa_pattern")
-        side = int(metadata.get("clip.vision.window_size", _WINDOW_PIXELS)) // unit
-        if every < 1 or side < 1:
-            raise TokcompError(f"n_wa_pattern {every} with windows of {side} tokens is not possible; convert it again")
+        side = read_optional_integer(metadata, "clip.vision.window_size", _WINDOW_PIXELS) // unit
         return {
             "activation": "silu", "norm": "rms", "gated": True,
             "window": Window(side, tuple(range(every - 1, blocks, every))),
@@ -149,8 +141,8 @@ class Qwen3VL(QwenVL):
 
     def own(self, metadata: Metadata, unit: int, blocks: int) -> dict[str, Any]:
         levels = metadata.get("clip.vision.is_deepstack_layers", [])
-        if not isinstance(levels, list) or len(levels) > blocks:
-            raise TokcompError(f"clip.vision.is_deepstack_layers {levels!r} does not say which of {blocks} blocks")
+        if not isinstance(levels, list) or len(levels) > blocks or not all(type(on) is bool for on in levels):
+            raise TokcompError(f"clip.vision.is_deepstack_layers {levels!r:.80} does not say which of {blocks} blocks")
         eps = read_number(metadata, "clip.vision.attention.layer_norm_epsilon")
 
         def merger(prefix: str) -> tuple[Step, ...]:

@@ -6,12 +6,32 @@ The exporter writes a ``TowerSpec`` beside the ONNX files, so that nothing has t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.families.spec_checks import (
+    check_blocks,
+    check_choice,
+    check_epsilon,
+    check_flags,
+    check_integer,
+    check_kind,
+    check_numbers,
+    check_range,
+    check_text,
+)
+
+MOST_TILES = 64
+"""Crops of one picture that a file may ask for."""
+MOST_TOKENS = 16_384
+"""Of one picture of any size: what the Hugging Face processors of Qwen-VL allow."""
+_MOST_SIDE = 8192
+"""Pixels of one crop."""
+_MOST_PINPOINTS = 256
+_MOST_WINDOW = 256
+_MOST_THETA = 1e9
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 """``gelu`` is the exact one, ``gelu_tanh`` its usual approximation, ``quick_gelu`` ``x * sigmoid(1.702 x)``."""
@@ -41,6 +61,12 @@ class Step:
     transposed: bool = False
     by_channel: bool = False
 
+    def __post_init__(self) -> None:
+        check_choice("projector step", self.kind, get_args(StepKind))
+        check_text(f"name of a {self.kind}", self.name, empty=self.kind in get_args(Activation))
+        check_flags(self, ("bias", "transposed", "by_channel"), f"{self.kind} {self.name:.80}: ")
+        check_epsilon(f"{self.kind} {self.name:.80}: eps", self.eps)
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -55,6 +81,13 @@ class Rotary:
     alternating: bool = False
     adjacent: bool = False
 
+    def __post_init__(self) -> None:
+        if type(self.theta) not in (int, float) or not 1 < self.theta <= _MOST_THETA:
+            raise TokcompError(
+                f"base {self.theta!r:.80} of rotary positions is not a number above 1, at most {_MOST_THETA:g}"
+            )
+        check_flags(self, ("alternating", "adjacent"), "rotary.")
+
 
 @dataclass(frozen=True)
 class Window:
@@ -66,6 +99,10 @@ class Window:
     side: int
     whole: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_integer("window.side", self.side, 1, _MOST_WINDOW)
+        check_kind("window.whole", self.whole, tuple)
+
 
 @dataclass(frozen=True)
 class Deepstack:
@@ -73,6 +110,9 @@ class Deepstack:
 
     block: int
     projector: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        _check_projector("deepstack.projector", self.projector)
 
 
 @dataclass(frozen=True)
@@ -89,6 +129,17 @@ class Limits:
     min_tiles: int | None = None
     max_tiles: int | None = None
     pinpoints: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels", "longest_edge", "min_tiles", "max_tiles"):
+            if (value := getattr(self, name)) is not None and type(value) is not int:
+                raise TokcompError(f"limits.{name} {value!r:.80} is not an integer; is the file damaged?")
+        check_range("tiles", self.min_tiles, self.max_tiles, 1, MOST_TILES)
+        pairs = isinstance(self.pinpoints, tuple) and len(self.pinpoints) <= _MOST_PINPOINTS
+        if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.pinpoints):
+            raise TokcompError(f"limits.pinpoints {self.pinpoints!r:.80} are not up to {_MOST_PINPOINTS} pairs")
+        for side in (side for pair in self.pinpoints for side in pair):
+            check_integer("side of limits.pinpoints", side, 1, MOST_TILES * _MOST_SIDE)
 
 
 @dataclass(frozen=True)
@@ -151,10 +202,7 @@ class TowerSpec:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise TokcompError(f"{name} {value!r} is not an integer within 1..{most}; is the file damaged?")
+        self._check_fields()
         if self.unit > self.image_size:
             raise TokcompError(
                 f"patch_size {self.patch_size} is larger than image_size {self.image_size}"
@@ -169,33 +217,59 @@ class TowerSpec:
             raise TokcompError(f"width {self.width} is not a multiple of its {self.heads} heads")
         if self.rotary and self.width // self.heads % 4:
             raise TokcompError(f"heads of {self.width // self.heads} channels cannot be rotated by row and column")
-        if self.rotary and not 1 < self.rotary.theta < math.inf:
-            raise TokcompError(f"base {self.rotary.theta!r} of rotary positions is not a number above 1")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise TokcompError(f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
-        for step in (*self.projector, *(step for stack in self.deepstack for step in stack.projector)):
-            if step.kind not in get_args(StepKind):
-                raise TokcompError(f"projector step {step.kind!r} is none of {', '.join(get_args(StepKind))}")
-        if not any(step.kind == "linear" for step in self.projector):
-            raise TokcompError("a projector without a linear step leads to no language model")
-        if not 0 < self.eps < 1:
-            raise TokcompError(f"layer norm epsilon {self.eps!r} is not within 0..1")
-        if len(self.image_mean) != 3 or not all(map(math.isfinite, self.image_mean)):
-            raise TokcompError(f"image_mean {self.image_mean!r} is not three finite numbers")
-        if len(self.image_std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.image_std):
-            raise TokcompError(f"image_std {self.image_std!r} is not three positive numbers")
         if (self.attention_block is None) == self.class_token:
             raise TokcompError("a CLS attention block goes with a class token, and only with one")
-        for name, block in (
-            ("attention_block", self.attention_block),
-            *(("deepstack block", stack.block) for stack in self.deepstack),
-            *(("whole block", block) for block in (self.window.whole if self.window else ())),
-        ):
-            if block is not None and not 0 <= block < self.blocks:
-                raise TokcompError(f"{name} {block} is not within 0..{self.blocks - 1}")
+        if self.attention_block is not None:
+            check_integer("attention_block", self.attention_block, 0, self.blocks - 1)
+        check_blocks("deepstack block", [stack.block for stack in self.deepstack], self.blocks)
+        check_blocks("whole block", self.window.whole if self.window else (), self.blocks)
         if self.class_token and (self.window or self.rotary):
             raise TokcompError("a CLS row has no place in windows or rotary positions")
+        self._check_limits()
+
+    def _check_fields(self) -> None:
+        """Each for itself."""
+        for name, most in _LARGEST.items():
+            check_integer(name, getattr(self, name), 1, most)
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        check_flags(self, _FLAGS)
+        check_text("family", self.family)
+        check_text("last_norm", self.last_norm)
+        check_text("separator", self.separator, empty=True)
+        check_epsilon("layer norm epsilon", self.eps)
+        check_numbers("image_mean", self.image_mean, -10, 10)
+        check_numbers("image_std", self.image_std, 1e-3, 1e3)
+        _check_projector("projector", self.projector)
+        check_kind("deepstack", self.deepstack, tuple)
+        for stack in self.deepstack:
+            check_kind("deepstack", stack, Deepstack)
+        for name, kind in (("rotary", Rotary), ("window", Window)):
+            if getattr(self, name) is not None:
+                check_kind(name, getattr(self, name), kind)
+        check_kind("limits", self.limits, Limits)
+
+    def _check_limits(self) -> None:
+        """Pictures that nobody means are refused before memory is taken."""
+        limits = self.limits
+        most = min(MOST_TOKENS * self.unit**2, _MOST_SIDE**2)
+        check_range("pixels", limits.min_pixels, limits.max_pixels, self.unit**2, most)
+        if limits.longest_edge is not None:
+            check_integer("limits.longest_edge", limits.longest_edge, 1, _MOST_SIDE)
+            side = self.unit if self.dynamic else self.image_size
+            parts, (name, allowed) = (-(-limits.longest_edge // side)) ** 2, _PARTS[self.dynamic]
+            if parts > allowed:
+                raise TokcompError(
+                    f"a longest edge of {limits.longest_edge} pixels makes up to {parts} {name} of {side} pixels a "
+                    f"side, {allowed} are possible; is the file damaged?"
+                )
+        for pair in limits.pinpoints:
+            if pair[0] % self.image_size or pair[1] % self.image_size:
+                raise TokcompError(
+                    f"pinpoint {pair} is not height and width of whole tiles of {self.image_size} pixels"
+                )
+            if pair[0] * pair[1] > MOST_TILES * self.image_size**2:
+                raise TokcompError(f"pinpoint {pair} asks for more than {MOST_TILES} tiles of {self.image_size} pixels")
 
     @property
     def unit(self) -> int:
@@ -251,12 +325,12 @@ class TowerSpec:
                 parts["limits"] = Limits(**{**limits, "pinpoints": sizes})
             return cls(**{**values, **parts})
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise TokcompError(f"not a tower description ({fault}); export the tower again") from fault
+            raise TokcompError(f"not a tower description ({fault!r:.200}); export the tower again") from fault
 
 
 _LARGEST = {
-    "image_size": 8192,
-    "patch_size": 8192,
+    "image_size": _MOST_SIDE,
+    "patch_size": _MOST_SIDE,
     "width": 65_536,
     "heads": 4096,
     "ffn_width": 1 << 20,
@@ -270,7 +344,22 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "positions": (*get_args(Stretch), None),
 }
 
+_FLAGS = (
+    "class_token", "dynamic", "patch_bias", "pre_norm", "post_norm", "bias", "qkv_bias", "gated", "qk_norm",
+    "layer_scale", "pool",
+)  # fmt: skip
+_PARTS = {False: ("tiles", MOST_TILES), True: ("tokens", MOST_TOKENS)}
+
 _T = TypeVar("_T")
+
+
+def _check_projector(name: str, steps: Any) -> None:
+    """Raise ``TokcompError`` unless ``steps`` lead somewhere."""
+    check_kind(name, steps, tuple)
+    for step in steps:
+        check_kind(name, step, Step)
+    if not any(step.kind == "linear" for step in steps):
+        raise TokcompError(f"{name}: without a linear step it leads to no language model")
 
 
 def _steps(values: Any) -> tuple[Step, ...]:

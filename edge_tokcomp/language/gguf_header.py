@@ -68,6 +68,13 @@ class GgufHeader:
         value = self.metadata.get(key, default)
         return float(value) if isinstance(value, (int, float)) else default
 
+    def integer(self, key: str, default: int) -> int:
+        """An integer value, or ``default`` where the file has none; raises ``TokcompError`` for any other value."""
+        value = self.metadata.get(key, default)
+        if type(value) is not int:
+            raise TokcompError(f"{self.path}: {key} is {value!r:.40}, not an integer; download the file again")
+        return value
+
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check a GGUF header; every tensor must lie inside the file.
@@ -105,9 +112,9 @@ def layer_count(header: GgufHeader) -> int:
 def split_files(header: GgufHeader) -> list[Path]:
     """All files of a model: the file itself, or the parts of a split one in order.
 
-    Raises ``TokcompError`` when ``header`` is a later part or a part is missing.
+    Raises ``TokcompError`` when ``header`` is a later part, a part is missing, or their number is none.
     """
-    count = int(header.number("split.count", 1))
+    count = header.integer("split.count", 1)
     if count <= 1:
         return [header.path]
     match = _SPLIT_NAME.fullmatch(header.path.name)

@@ -138,9 +138,13 @@ class Projector:
     row_break: NDArray[np.float32] | None
 
 
+_TOKEN_IDS = {"cogvlm", "gemma3nv"}
+"""Whose language models need token ids, which rows cannot carry."""
+
+
 def served_projectors() -> set[str]:
     """The projector types, as files name them, that can be used."""
-    return {form for forms in _WIDTH_AT.values() for form in forms.split()} - {_YI}
+    return {form for forms in _WIDTH_AT.values() for form in forms.split()} - {_YI} - _TOKEN_IDS
 
 
 def check_projector(path: str | os.PathLike[str]) -> Projector:
