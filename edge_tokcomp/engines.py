@@ -26,7 +26,8 @@ def open_engine(
 ) -> Engine:  # fmt: skip
     """The engine of that ``name``; ``auto`` is ours, or llama.cpp's for models that have no tower here.
 
-    ``row_width``: of the rows that the language model takes. ``stack`` closes the engine. Raises ``UsageError`` for an unknown name, ``TokcompError`` for files that cannot be used.
+    ``row_width``: of the rows that the language model takes. ``stack`` closes the engine. Raises ``UsageError`` for an
+    unknown name, ``TokcompError`` for files that cannot be used.
     """
     if name not in get_args(EngineName):
         raise UsageError(f"unknown engine {name!r}; one of {', '.join(get_args(EngineName))}")

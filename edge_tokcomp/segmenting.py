@@ -33,7 +33,7 @@ def open_language(
     if files is None:
         header = check_language_model(lm)
         if header.text(PREFIX + "source"):
-            index, count = (int(header.number(PREFIX + key, 0)) for key in ("index", "count"))
+            index, count = (header.integer(PREFIX + key, 0) for key in ("index", "count"))
             raise TokcompError(f"{lm}: is segment {index} of {count} of a model; name its folder, {lm.parent}")
         if cuts := _cuts(header, steps):
             from .export.split import cached_segments

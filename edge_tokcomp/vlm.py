@@ -32,7 +32,7 @@ from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
 from .methods.layer_step import LayerStep, spell_steps
 from .methods.layer_steps import read_layer_steps
-from .pairing import check_pair
+from .pairing import check_pair, check_positions
 from .prompt_rows import feed, prompt_parts, rows_of
 from .segmenting import model_name, open_language
 from .tokens import Rows
@@ -139,8 +139,8 @@ class VLM:
             )
             self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
             self.engine = open_engine(
-                stack, engine, mmproj, self.model, row_width=self.decoder.row_width, precision=precision, provider=provider, threads=threads,
-                gpu=gpu_layers != 0, method=method, keep=keep,
+                stack, engine, mmproj, self.model, row_width=self.decoder.row_width, precision=precision,
+                provider=provider, threads=threads, gpu=gpu_layers != 0, method=method, keep=keep,
             )  # fmt: skip
             self.encoder = ImageEncoder(self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels)
             width = self.engine.row_width
@@ -149,6 +149,8 @@ class VLM:
                     f"{mmproj} writes rows of {width}, {lm} takes {self.decoder.row_width}; "
                     "the two files are not of one model"
                 )
+            positions: Literal["line", "grid"] = "grid" if self.model.multi_position else "line"
+            check_positions(lm, positions, mmproj, self.engine.positions)
             self._check_steps(layer_steps)
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean

@@ -33,7 +33,8 @@ class Check:
 
     ``features`` (deepstack features among them), ``attention`` (of the CLS, or received), ``keys``, ``embeddings``:
     relative errors, ``|export - source| / |source|``. ``cosine``, ``worst_cosine``: mean and least over the rows of
-    features and of each level of deepstack features. ``misplaced``: fraction of the patches that a merge put elsewhere than the source does.
+    features and of each level of deepstack features. ``misplaced``: fraction of the patches that a merge put elsewhere
+    than the source does.
     """
 
     features: float

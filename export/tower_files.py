@@ -4,9 +4,8 @@ Sources are an mmproj GGUF and the folder of a Hugging Face checkpoint.
 
 A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``), ``separator.npy`` where the model has
 one, and ``tower.json``: the ``TowerSpec``, what was exported from what, the check's figures, and size and checksum of
-every file. It is built aside and renamed
-into place, so that it is whole or not there; of two builders at once the first one's is kept. What a killed builder
-leaves behind is removed by the next one.
+every file. It is built aside and renamed into place, so that it is whole or not there; of two builders at once the
+first one's is kept. What a killed builder leaves behind is removed by the next one.
 
 A tower that merges patches has a directory of its own, with the plain tower's weights linked into it.
 """

@@ -101,7 +101,7 @@ def test_kept_rows_see_one_another(proof: Proof, method: str) -> None:
 def test_the_text_around_pictures_is_tokenized_with_its_line_breaks(proof: Proof) -> None:
     pictures, question = [photo(20, 30), photo(20, 20)], "what is this"
     with LanguageModel.open(proof.lm) as model:
-        prompt = chat_prompt(model, question, 2, proof.family.markers)
+        prompt = chat_prompt(model, question, 2, proof.family.markers, proof.family.written)
         before, inside, after = proof.family.prompt(proof.family.preprocess(pictures[0], proof.spec))
         assert inside == (0,)
         ours = prompt.around([(str(before), str(after))] * 2).tokenize(model)
@@ -171,7 +171,7 @@ def test_pictures_need_a_micro_batch_each(proof: Proof) -> None:
     pictures, question = [photo(20, 30), photo(20, 20)], "what is this"
     with proof.open() as vlm:
         encoded = vlm.encode_all(pictures)
-        pieces = chat_prompt(vlm.model, question, 2, proof.family.markers).tokenize(vlm.model)
+        pieces = chat_prompt(vlm.model, question, 2, proof.family.markers, proof.family.written).tokenize(vlm.model)
         rows = rows_of(prompt_parts(TokenEmbedding.of(vlm.model), pieces, encoded), 0, 0)
         for n_ubatch, fits in ((TOKENS, True), (TOKENS - 1, False)):
             with PlainDecoder(vlm.model, n_ctx=128, n_batch=64, n_ubatch=n_ubatch) as decoder:

@@ -167,7 +167,7 @@ def test_the_overview_comes_last_and_methods_know_it(proof: Proof) -> None:
 
 
 def test_lower_resolution_shrinks_every_crop(proof: Proof) -> None:
-    with proof.open(method="resolution", keep=4) as vlm:
+    with proof.open(method="resolution", keep=13 * 4) as vlm:
         seen = vlm.see(photo(203, 151))
         assert vlm.answer(seen, "q", max_tokens=2).tokens_after == 13 * 4
     assert seen.tokens.layout.grids == ((2, 2),) * 13

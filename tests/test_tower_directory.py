@@ -23,6 +23,8 @@ from edge_tokcomp.parameters import hash_of_model
 from edge_tokcomp.variant import Merge, TowerVariant
 from family_proof import Proof, assert_same_rows, assert_same_text, photo
 from hf_folder import write_folder
+from hf_mmproj import write_mmproj_of
+from hf_vlms import build
 from picture_files import pictures
 from tiny_mmproj import write_mmproj
 from tiny_models import write_tiny_model
@@ -220,3 +222,11 @@ def test_patches_are_not_merged_where_pictures_have_any_size(directory: Path) ->
     assert tower_files._final_grid(spec, merging, "fp32") == (spec.grid[0], spec.grid[1] - 1)
     with pytest.raises(UsageError, match="patches cannot be merged inside this tower"):
         tower_files._final_grid(replace(spec, dynamic=True), merging, "fp32")
+
+
+def test_a_folder_of_another_kind_of_positions_is_refused(tmp_path: Path) -> None:
+    tower = write_mmproj_of(build("qwen2vl"), "qwen2vl", tmp_path / "m.gguf")
+    lm = write_tiny_model(tmp_path / "lm.gguf", "llama", n_embd=64).path
+    export_tower(tower, tmp_path / "tower")
+    with pytest.raises(TokcompError, match=r"lm\.gguf is one with positions as in text; the two files"):
+        load(lm, tmp_path / "tower", threads=1, provider="cpu")
