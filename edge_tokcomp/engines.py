@@ -20,6 +20,12 @@ Engine = TowerEngine | MtmdEngine
 logger = logging.getLogger(__name__)
 
 
+def check_engine(name: str) -> None:
+    """Raise ``UsageError`` for a name that no engine has."""
+    if name not in get_args(EngineName):
+        raise UsageError(f"unknown engine {name!r}; one of {', '.join(get_args(EngineName))}")
+
+
 def open_engine(
     stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, row_width: int,
     precision: Precision | None, provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
@@ -29,8 +35,7 @@ def open_engine(
     ``row_width``: of the rows that the language model takes. ``stack`` closes the engine. Raises ``UsageError`` for an
     unknown name, ``TokcompError`` for files that cannot be used.
     """
-    if name not in get_args(EngineName):
-        raise UsageError(f"unknown engine {name!r}; one of {', '.join(get_args(EngineName))}")
+    check_engine(name)
     reason = "asked for"
     if name != "mtmd":
         try:

@@ -83,7 +83,8 @@ class MtmdEngine:
         """Have libmtmd prepare ``picture`` and encode its crops."""
         started = time.perf_counter()
         pieces = self._encoder.encode(np.asarray(picture))
-        encode = (time.perf_counter() - started) * 1e3
+        preprocess = self._encoder.preparing_s * 1e3
+        encode = (time.perf_counter() - started) * 1e3 - preprocess
         images = [piece for piece in pieces if isinstance(piece, ImagePiece)]
         parts: list[Part] = []
         for piece in pieces:
@@ -91,7 +92,7 @@ class MtmdEngine:
                 parts.append(Tokens(tuple(piece.tokens.tolist())))
             else:
                 parts.append((sum(isinstance(part, tuple) for part in parts),))
-        return Look(self._tokens(images), tuple(parts), None, {"preprocess": 0.0, "encode": encode})
+        return Look(self._tokens(images), tuple(parts), None, {"preprocess": preprocess, "encode": encode})
 
     def _tokens(self, images: list[ImagePiece]) -> VisionTokens:
         rows = np.concatenate([image.embeddings for image in images])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import TokcompError, UnsupportedError
+from .families import Family
 from .language.gguf_header import GgufHeader, read_header
 from .segmenting import model_files
 
@@ -15,8 +16,10 @@ _ALWAYS_ON_GRID = {
 where their header has sections of it (GLM-4V)."""
 
 
-def check_pair(lm: Path, mmproj: Path) -> None:
-    """Raise ``TokcompError`` for an ``mmproj`` that is damaged or no part of the model that ``lm`` is: rows of another
+def check_pair(lm: Path, mmproj: Path) -> Family | None:
+    """The family that ``mmproj`` is of, where it is known before it is opened.
+
+    Raises ``TokcompError`` for an ``mmproj`` that is damaged or no part of the model that ``lm`` is: rows of another
     width than it takes, or a grid of positions for a model that counts on as in text (and the reverse).
 
     A tower's directory is not looked into: it says what it is once it is open. Nor is it told here what positions the
@@ -27,12 +30,13 @@ def check_pair(lm: Path, mmproj: Path) -> None:
     n_embd = header.integer(f"{architecture}.embedding_length", 0)
     takes = n_embd * (1 + header.integer(f"{architecture}.n_deepstack_layers", 0))
     if not takes or mmproj.is_dir():
-        return
-    writes, positions = _written(mmproj)
+        return None
+    writes, family = _written(mmproj)
     if writes != takes:
         raise TokcompError(f"{mmproj} writes rows of {writes}, {lm} takes {takes}; the two files are not of one model")
-    if positions:
-        check_positions(lm, "grid" if on_grid(header) else "line", mmproj, positions)
+    if family:
+        check_positions(lm, "grid" if on_grid(header) else "line", mmproj, family.positions)
+    return family
 
 
 def check_positions(lm: Path, taken: str, mmproj: Path, given: str) -> None:
@@ -54,15 +58,15 @@ def on_grid(header: GgufHeader) -> bool:
     return architecture in _ALWAYS_ON_GRID or sections in header.arrays or sections in header.metadata
 
 
-def _written(mmproj: Path) -> tuple[int, str]:
-    """Width of the rows that the projector in a file writes, deepstack features included; and their positions, where
-    the family is known here."""
+def _written(mmproj: Path) -> tuple[int, Family | None]:
+    """Width of the rows that the projector in a file writes, deepstack features included; and its family, where that
+    is known here."""
     from .export.tower_files import written_rows
 
     try:
-        width, positions = written_rows(mmproj)
+        width, family = written_rows(mmproj)
     except UnsupportedError:
         from .language.mtmd_file import check_projector
 
-        return check_projector(mmproj).width, ""
-    return int(width), str(positions)
+        return check_projector(mmproj).width, None
+    return int(width), family

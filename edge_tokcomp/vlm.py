@@ -19,7 +19,7 @@ from .answers import Answer, AnswerStream, EncodedImage, SeenImage
 from .budget import largest_share, parse_keep
 from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
 from .encoder import ImageEncoder, Picture
-from .engines import EngineName, open_engine
+from .engines import EngineName, check_engine, open_engine
 from .errors import TokcompError, UsageError
 from .families.base import Tokens
 from .images import MAX_PIXELS
@@ -132,7 +132,10 @@ class VLM:
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
         self.name = model_name(lm)
         self.seed, self.threads = seed, threads
-        check_pair(lm, mmproj)
+        check_engine(engine)
+        family = check_pair(lm, mmproj)
+        if family and engine != "mtmd":  # before a file is cut for steps that cannot be run
+            _check_steps(layer_steps, family.causal)
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
@@ -151,7 +154,7 @@ class VLM:
                 )
             positions: Literal["line", "grid"] = "grid" if self.model.multi_position else "line"
             check_positions(lm, positions, mmproj, self.engine.positions)
-            self._check_steps(layer_steps)
+            _check_steps(layer_steps, self.engine.causal)
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean
             self.layer_steps = layer_steps
@@ -228,7 +231,7 @@ class VLM:
         Raises ``UsageError`` for other layers, and for any steps where the model was loaded whole.
         """
         chosen = read_layer_steps(steps)
-        self._check_steps(chosen)
+        _check_steps(chosen, self.engine.causal)
         if isinstance(self.decoder, SegmentedDecoder):
             self._end_stream()
             self._held = None
@@ -236,13 +239,6 @@ class VLM:
         elif chosen:
             raise UsageError("the model was loaded whole; load it with layer_steps, or from a directory of segments")
         self.layer_steps = chosen
-
-    def _check_steps(self, steps: Sequence[LayerStep]) -> None:
-        if not self.engine.causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
-            raise UsageError(
-                f"layer steps {spell_steps(steps)}: in this model image tokens see one another, so "
-                "the question cannot be read with them; use spectrum"
-            )
 
     def compress(
         self, seen: SeenImage, method: Method, keep: int | float, question: str = CAPTION_PROMPT
@@ -395,3 +391,11 @@ class VLM:
             self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
         )
         return self._streaming
+
+
+def _check_steps(steps: Sequence[LayerStep], causal: bool) -> None:
+    if not causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
+        raise UsageError(
+            f"layer steps {spell_steps(steps)}: in this model image tokens see one another, so "
+            "the question cannot be read with them; use spectrum"
+        )

@@ -29,7 +29,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.families import family_for, family_named
+from edge_tokcomp.families import Family, family_for, family_named
 from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Precision
 from edge_tokcomp.variant import PLAIN, TowerVariant
@@ -118,14 +118,14 @@ def cached_tower(
     return _cached(replace(order, variant=variant), home)
 
 
-def written_rows(mmproj: Path) -> tuple[int, str]:
-    """Width of the rows that the projector of ``mmproj`` writes, and the positions that their family gives them; raises
-    ``TokcompError`` for one that is not whole.
+def written_rows(mmproj: Path) -> tuple[int, Family]:
+    """Width of the rows that the projector of ``mmproj`` writes, and their family; raises ``TokcompError`` for a file
+    that is not whole.
 
     Nothing but the header is read.
     """
     source, spec = _opened(_Order(mmproj, "fp32"))
-    return language_width(spec, source) * (1 + len(spec.deepstack)), family_named(spec.family).positions
+    return language_width(spec, source) * (1 + len(spec.deepstack)), family_named(spec.family)
 
 
 @dataclass(frozen=True)

@@ -209,3 +209,12 @@ def test_impossible_metadata_is_refused_in_one_line(tmp_path: Path, changes: dic
     with pytest.raises(TokcompError, match=message) as fault:
         family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     assert "\n" not in str(fault.value)
+
+
+def test_steps_that_cannot_be_run_are_refused_before_the_model_is_cut_for_them(
+    proof: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_TOKCOMP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="image tokens see one another"):
+        proof.open(layer_steps="fastv@1:0.5")
+    assert not (tmp_path / "cache").exists()

@@ -34,7 +34,7 @@ def family_for(metadata: Metadata) -> Family:
     for family in FAMILIES:
         if family.matches(metadata):
             return family
-    kind = projector_type(metadata) or "of no stated type"
+    kind = " ".join(projector_type(metadata).split())[:80] or "of no stated type"
     raise UnsupportedError(f"projector {kind} is not supported; supported families: {_names()}")
 
 

@@ -27,6 +27,7 @@ from typing import Literal
 
 from PIL import Image
 
+from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -85,7 +86,7 @@ class Idefics3:
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         check_picture(image)
         if spec.limits.longest_edge is None:
-            raise ValueError("a spec without a longest edge")
+            raise TokcompError("the tower's description is without a longest edge; export the tower again")
         height, width = _to_longest(image.height, image.width, spec.limits.longest_edge)
         rows, columns = _tiles(height, width, spec.image_size)
         tall, wide = (spec.image_size,) * 2 if grid is None else (side * spec.unit for side in grid)

@@ -27,6 +27,7 @@ from typing import Literal
 
 from PIL import Image
 
+from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -86,7 +87,7 @@ class InternVL:
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         check_picture(image)
         if spec.limits.min_tiles is None or spec.limits.max_tiles is None:
-            raise ValueError("a spec without limits of tiles")
+            raise TokcompError("the tower's description is without limits of tiles; export the tower again")
         rows, columns = _tiles(image.height, image.width, spec.image_size, spec.limits.min_tiles, spec.limits.max_tiles)
         tall, wide = (spec.image_size,) * 2 if grid is None else (side * spec.unit for side in grid)
         crops = cut(resized(image, rows * tall, columns * wide, BICUBIC), rows, columns)

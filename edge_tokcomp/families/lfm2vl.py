@@ -107,7 +107,7 @@ class Lfm2VL:
             raise UsageError(f"{self.name} sizes pictures itself; choose another method than a lower resolution")
         least, most = spec.limits.min_pixels, spec.limits.max_pixels
         if least is None or most is None:
-            raise ValueError("a spec without limits of pixels")
+            raise TokcompError("the tower's description is without limits of pixels; export the tower again")
         unit = spec.unit
         height, width = fit_area(image.height, image.width, unit, least, most, shortest=unit)
         if height * width > most:

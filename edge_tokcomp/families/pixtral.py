@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from edge_tokcomp.errors import ImageError, UsageError
+from edge_tokcomp.errors import ImageError, TokcompError, UsageError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -119,7 +119,7 @@ class Pixtral:
 def _tokens(height: int, width: int, spec: TowerSpec) -> tuple[int, int]:
     """Rows and columns of tokens of a picture; raises ``ImageError`` for one that would be left without."""
     if spec.limits.longest_edge is None:
-        raise ValueError("a spec without a longest edge")
+        raise TokcompError("the tower's description is without a longest edge; export the tower again")
     ratio = max(height, width) / spec.limits.longest_edge
     tall, wide = (math.floor(side / ratio) if ratio > 1 else side for side in (height, width))
     if min(tall, wide) < 1:

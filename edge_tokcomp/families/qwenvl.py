@@ -90,7 +90,7 @@ class QwenVL:
                 f"{_MOST_STRETCHED} times the other; cut it"
             )
         if spec.limits.min_pixels is None or spec.limits.max_pixels is None:
-            raise ValueError("a spec without limits of pixels")
+            raise TokcompError("the tower's description is without limits of pixels; export the tower again")
         height, width = fit_area(image.height, image.width, spec.unit, spec.limits.min_pixels, spec.limits.max_pixels)
         crop = normalised(resized(image, height, width, BICUBIC), spec)
         return Pixels((crop,), ((height // spec.unit, width // spec.unit),), (image.height, image.width))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,8 +64,11 @@ class MtmdEncoder(Handle):
     """A vision tower with its projector, and the markers around its rows, for one language model.
 
     ``projector``: its type, as the file names it. ``row_width``: width of the rows. ``causal``: whether an image row
-    sees only those before it. ``grid_positions``: whether rows carry four positions (M-RoPE).
+    sees only those before it. ``grid_positions``: whether rows carry four positions (M-RoPE). ``preparing_s``: seconds
+    that cutting and resizing the last picture took.
     """
+
+    preparing_s = 0.0
 
     def __init__(self, mmproj: Path, model: LanguageModel, *, threads: int, gpu: bool = False) -> None:
         """Load the tower of ``mmproj`` for ``model``, which must stay open.
@@ -129,7 +133,9 @@ class MtmdEncoder(Handle):
                 f"{_LONGEST_SIDE:,}; make it smaller"
             )
         pixels = np.ascontiguousarray(picture)
+        started = time.perf_counter()
         with self._chunks(width, height, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))) as chunks:
+            self.preparing_s = time.perf_counter() - started
             return [TextPiece(self._tokens(chunk)) if self._is_text(chunk) else self._image(chunk) for chunk in chunks]
 
     @contextmanager
