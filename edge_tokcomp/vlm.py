@@ -30,7 +30,7 @@ from .language.segment import available_cores
 from .language.segmented import SegmentedDecoder
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .methods.layer_step import LayerStep, spell_steps
+from .methods.layer_step import LayerStep, check_readable
 from .methods.layer_steps import read_layer_steps
 from .pairing import check_pair, check_positions
 from .prompt_rows import feed, prompt_parts, rows_of
@@ -135,7 +135,7 @@ class VLM:
         check_engine(engine)
         family = check_pair(lm, mmproj)
         if family and engine != "mtmd":  # before a file is cut for steps that cannot be run
-            _check_steps(layer_steps, family.causal)
+            check_readable(layer_steps, family.causal)
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
@@ -154,7 +154,7 @@ class VLM:
                 )
             positions: Literal["line", "grid"] = "grid" if self.model.multi_position else "line"
             check_positions(lm, positions, mmproj, self.engine.positions)
-            _check_steps(layer_steps, self.engine.causal)
+            check_readable(layer_steps, self.engine.causal)
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean
             self.layer_steps = layer_steps
@@ -231,7 +231,7 @@ class VLM:
         Raises ``UsageError`` for other layers, and for any steps where the model was loaded whole.
         """
         chosen = read_layer_steps(steps)
-        _check_steps(chosen, self.engine.causal)
+        check_readable(chosen, self.engine.causal)
         if isinstance(self.decoder, SegmentedDecoder):
             self._end_stream()
             self._held = None
@@ -391,11 +391,3 @@ class VLM:
             self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
         )
         return self._streaming
-
-
-def _check_steps(steps: Sequence[LayerStep], causal: bool) -> None:
-    if not causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
-        raise UsageError(
-            f"layer steps {spell_steps(steps)}: in this model image tokens see one another, so "
-            "the question cannot be read with them; use spectrum"
-        )
