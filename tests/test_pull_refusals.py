@@ -89,7 +89,7 @@ def test_a_listing_that_is_none_is_refused(hub: Hub, world: dict[str, str], chan
 
 
 def test_files_that_would_lie_elsewhere_are_not_there(hub: Hub, world: dict[str, str], tmp_path: Path) -> None:
-    hub.repositories[REPO] = {"../../m-Q4_0.gguf": LM, "/tmp/m-Q8_0.gguf": LM, "mmproj.gguf": MMPROJ}
+    hub.repositories[REPO] = {"../../m-Q4_0.gguf": LM, "/m-Q8_0.gguf": LM, "mmproj.gguf": MMPROJ}
     assert "no language model, only mmproj.gguf" in refusal(world, REPO, "--out", str(tmp_path / "o"))
 
 
