@@ -72,19 +72,18 @@ class TowerEngine:
 
         Raises ``UsageError`` where it cannot be run so.
         """
-        if isinstance(method, TowerMethod) and self.spec.dynamic:
-            raise UsageError(
-                f"method {method.name} runs the tower on crops of one size, and {self.family_name} takes pictures "
-                "of any size as they are; choose a method that acts after the tower"
-            )
         if not isinstance(method, TowerMethod):
             return PLAIN
-        if isinstance(keep, int) and picture is not None:
-            keep = max(keep // len(self.pixels(picture).crops), 1)  # a number of tokens is meant for the whole picture
-        wanted = tokens_to_keep(keep, self.spec.patches)
-        if wanted == self.spec.patches:
-            return PLAIN
-        return method.variant(wanted, self.spec.grid, self.spec.blocks)
+        if self.spec.dynamic and self.spec.limits.max_tiles is not None:
+            raise UsageError(
+                f"method {method.name} runs the tower on crops of one size, and {self.family_name} cuts pictures "
+                "into crops of several; choose a method that acts after the tower"
+            )
+        grids = (self.spec.grid,) if picture is None else self.pixels(picture).grids
+        if isinstance(keep, int):
+            keep = max(keep // len(grids), 1)  # a number of tokens is meant for the whole picture
+        wanted = tokens_to_keep(keep, math.prod(grids[0]))
+        return PLAIN if wanted == math.prod(grids[0]) else method.variant(wanted, grids[0], self.spec.blocks)
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows that enter the language model under ``method``, of a picture of one crop or as many as are asked for."""
@@ -109,17 +108,20 @@ class TowerEngine:
         done = time.perf_counter()
         timings = {"preprocess": (ready - started) * 1e3, "encode": (done - ready) * 1e3}
         owner = None if outputs[0].owner is None else np.concatenate([output.owner for output in outputs])
-        return Look(self._tokens(tower, pixels, outputs, variant), self.family.prompt(pixels), owner, timings)
+        own = (self.spec.grid,) * len(pixels.crops)
+        if variant != PLAIN and self.spec.dynamic:
+            own = self.pixels(picture).grids
+        return Look(self._tokens(tower, pixels, outputs, variant, own), self.family.prompt(pixels), owner, timings)
 
     def _tokens(
-        self, tower: Tower, pixels: Pixels, outputs: Sequence[TowerOutput], variant: TowerVariant
-    ) -> VisionTokens:
-        """The rows of all crops in the layout's order."""
+        self, tower: Tower, pixels: Pixels, outputs: Sequence[TowerOutput], variant: TowerVariant,
+        own: tuple[tuple[int, int], ...],
+    ) -> VisionTokens:  # fmt: skip
+        """The rows of all crops in the layout's order; ``own``: the grids that the crops have otherwise."""
         grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
         layout = self.family.layout(replace(pixels, grids=grids), self.spec)
         if variant != PLAIN:
-            whole = self.family.layout(replace(pixels, grids=(self.spec.grid,) * len(grids)), self.spec)
-            layout = replace(layout, whole=whole.before)
+            layout = replace(layout, whole=self.family.layout(replace(pixels, grids=own), self.spec).before)
         place = partial(_placed, layout=layout, lead=self.spec.cls_rows)
         attention = [output.cls_attention[0].T for output in outputs if output.cls_attention is not None]
         keys = [output.keys[0] for output in outputs if output.keys is not None]

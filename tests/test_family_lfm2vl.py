@@ -229,7 +229,7 @@ def test_a_sliver_is_refused(proof: Proof, size: tuple[int, int]) -> None:
 
 
 def test_a_lower_resolution_is_refused(proof: Proof) -> None:
-    with pytest.raises(UsageError, match="lfm2vl takes pictures of any size as they are"):
+    with pytest.raises(UsageError, match="lfm2vl cuts pictures into crops of several"):
         proof.open(method="resolution", keep=4)
     with pytest.raises(UsageError, match="lfm2vl sizes pictures"):
         proof.family.preprocess(photo(64, 64), proof.spec, (2, 2))

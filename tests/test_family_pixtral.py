@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_tokcomp.errors import ImageError, TokcompError, UsageError
+from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.families import TowerSpec, family_for
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder, TextPiece
@@ -195,9 +195,11 @@ def test_a_sliver_is_refused(proof: Proof) -> None:
         proof.family.preprocess(Image.new("RGB", (1, 300)), proof.spec)
 
 
-def test_a_lower_resolution_is_refused(proof: Proof) -> None:
-    with pytest.raises(UsageError, match="pixtral sizes pictures itself"):
-        proof.family.preprocess(photo(64, 64), proof.spec, (2, 2))
+def test_a_lower_resolution_is_a_smaller_picture_with_its_own_breaks(proof: Proof) -> None:
+    with proof.open(method="resolution", keep=0.5) as vlm:
+        encoded = vlm.encode(photo(203, 151))
+    ((rows, columns),) = encoded.tokens.layout.grids
+    assert len(encoded.plan) == rows * (columns + 1) - 1 < encoded.plan.before
 
 
 @pytest.mark.parametrize(

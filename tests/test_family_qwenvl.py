@@ -118,10 +118,26 @@ def test_impossible_metadata_is_refused_in_one_line(tmp_path: Path, changes: dic
     assert "\n" not in str(fault.value)
 
 
-@pytest.mark.parametrize("method", ["resolution", "luvc"])
-def test_methods_that_run_the_tower_otherwise_are_refused_at_loading(proof: Proof, method: str) -> None:
-    with pytest.raises(UsageError, match=f"method {method} runs the tower on crops of one size, and qwen"):
-        proof.open(method=method, keep=8)
+def test_a_lower_resolution_is_a_smaller_picture_of_the_same_proportions(proof: Proof) -> None:
+    picture = photo(203, 151)
+    (own,) = proof.family.preprocess(picture, proof.spec).grids
+    with proof.open(method="resolution", keep=0.5) as vlm:
+        encoded = vlm.encode(picture)
+        (rows, columns), before = encoded.tokens.layout.grids[0], encoded.plan.before
+        assert before == own[0] * own[1]
+        assert 0.35 * before < rows * columns == len(encoded.plan) <= round(before / 2)
+        assert abs(rows / columns - own[0] / own[1]) < 0.2
+        assert encoded.rows.advance == max(rows, columns)
+        assert vlm.answer(encoded, "what is this", max_tokens=2).tokens_after == rows * columns
+        small = picture.resize((columns * proof.spec.unit, rows * proof.spec.unit), Image.Resampling.BICUBIC)
+        wanted = proof.family.preprocess(small, proof.spec)
+        assert wanted.grids == ((rows, columns),)
+        np.testing.assert_array_equal(vlm.engine.pixels(picture, encoded.variant).crops[0], wanted.crops[0])
+
+
+def test_merging_inside_these_towers_is_refused_at_loading(proof: Proof) -> None:
+    with pytest.raises(UsageError, match="patches cannot be merged inside this tower"):
+        proof.open(method="luvc", keep=8)
 
 
 def test_prompt_tokens_are_those_of_the_processor(proof: Proof) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.methods import get_method
-from edge_tokcomp.methods.resolution import nearly_square
+from edge_tokcomp.methods.resolution import in_proportion
 from edge_tokcomp.models import DEMO_LM
 from edge_tokcomp.tokens import Layout
 from edge_tokcomp.variant import PLAIN, Merge, TowerVariant, most_pairs
@@ -26,13 +26,17 @@ def vlm():
 
 
 @given(st.integers(1, 700), st.integers(1, 30), st.integers(1, 30))
-def test_a_nearly_square_grid_is_the_largest_within_the_budget_and_the_towers_own(wanted, height, width):
-    rows, columns = nearly_square(wanted, (height, width))
+def test_a_smaller_grid_keeps_proportions_and_the_budget_and_stays_within_the_towers_own(wanted, height, width):
+    rows, columns = in_proportion(wanted, (height, width))
     assert 1 <= rows <= height
     assert 1 <= columns <= width
     assert rows * columns <= wanted
-    inside = [r * c for r in range(1, height + 1) for c in (r, r + 1) if r * c <= wanted and c <= width]
-    assert rows * columns >= max(inside, default=1)
+    if height == width:  # the largest that is square or has one column more
+        inside = [r * c for r in range(1, height + 1) for c in (r, r + 1) if r * c <= wanted and c <= width]
+        assert rows * columns == max(inside, default=1)
+    elif rows > 1:
+        assert abs(columns - rows * width / height) <= 1
+        assert (rows + 1) ** 2 * width > wanted * height or rows == height
 
 
 @settings(deadline=None)
@@ -43,7 +47,7 @@ def test_luvc_merges_down_to_the_grid_within_the_budget(height, width, blocks, s
     first = data.draw(st.floats(0, 1))
     method = get_method("luvc", passes=passes, first=first, last=data.draw(st.floats(first, 1)))
     variant = method.variant(wanted, (height, width), blocks)
-    assert variant.final_grid((height, width), blocks) == nearly_square(wanted, (height, width))
+    assert variant.final_grid((height, width), blocks) == in_proportion(wanted, (height, width))
     grid = (height, width)
     for merge in variant.merges:
         assert merge.rows <= most_pairs(grid[1])
@@ -75,7 +79,7 @@ def test_schedules_that_cannot_be_are_refused(text):
 )
 def test_what_the_tower_gives_is_what_is_kept_and_counts_are_of_the_whole_picture(vlm, name, keep, left):
     encoded = vlm.compress(vlm.see(SAMPLE), get_method(name), keep)
-    grid = nearly_square(left, (24, 24))
+    grid = in_proportion(left, (24, 24))
     assert encoded.plan.before == 576
     assert len(encoded.plan) == len(encoded.rows) == left
     assert encoded.tokens.layout.grids == (grid,)

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from edge_tokcomp.errors import ImageError, TokcompError, UsageError
+from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -98,9 +98,7 @@ class Pixtral:
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         check_picture(image)
-        if grid is not None:
-            raise UsageError(f"{self.name} sizes pictures itself; choose another method than a lower resolution")
-        rows, columns = _tokens(image.height, image.width, spec)
+        rows, columns = grid or _tokens(image.height, image.width, spec)
         crop = normalised(resized(image, rows * spec.unit, columns * spec.unit, BICUBIC), spec)
         return Pixels((crop,), ((rows, columns),), (image.height, image.width))
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from edge_tokcomp.errors import ImageError, TokcompError, UsageError
+from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.families.base import (
     Metadata,
     Part,
@@ -82,8 +82,6 @@ class QwenVL:
 
     def preprocess(self, image: Image.Image, spec: TowerSpec, grid: tuple[int, int] | None = None) -> Pixels:
         check_picture(image)
-        if grid is not None:
-            raise UsageError(f"{self.name} sizes pictures itself; choose another method than a lower resolution")
         if max(image.size) > _MOST_STRETCHED * min(image.size):
             raise ImageError(
                 f"picture of {image.width}x{image.height} pixels: {self.name} takes one side to be at most "
@@ -92,6 +90,8 @@ class QwenVL:
         if spec.limits.min_pixels is None or spec.limits.max_pixels is None:
             raise TokcompError("the tower's description is without limits of pixels; export the tower again")
         height, width = fit_area(image.height, image.width, spec.unit, spec.limits.min_pixels, spec.limits.max_pixels)
+        if grid is not None:
+            height, width = grid[0] * spec.unit, grid[1] * spec.unit
         crop = normalised(resized(image, height, width, BICUBIC), spec)
         return Pixels((crop,), ((height // spec.unit, width // spec.unit),), (image.height, image.width))
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UsageError
 from ..variant import Merge, Sharing, TowerVariant, most_pairs
 from .base import TowerMethod
-from .resolution import nearly_square
+from .resolution import in_proportion
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LUVC(TowerMethod):
             raise UsageError(f"luvc merges between blocks, and this tower has {blocks}; choose another method")
         if self.passes is not None and self.passes > sum(grid):
             raise UsageError(f"luvc: {self.passes} passes over {grid[0]} x {grid[1]} patches; name {sum(grid)} at most")
-        target = nearly_square(wanted, grid)
+        target = in_proportion(wanted, grid)
         least = max(fewest_passes(a, b) for a, b in zip(grid, target, strict=True))
         passes = max(least, self.passes or 1)
         rows, columns = (-np.diff(steps(grid[axis], target[axis], passes)) for axis in (1, 0))

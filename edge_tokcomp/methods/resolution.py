@@ -20,11 +20,10 @@ class Resolution(TowerMethod):
 
     def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
         """The largest such grid within the tower's own."""
-        return TowerVariant(grid=nearly_square(wanted, grid))
+        return TowerVariant(grid=in_proportion(wanted, grid))
 
 
-def nearly_square(wanted: int, most: tuple[int, int]) -> tuple[int, int]:
-    """``(rows, columns)``, equal or one more column, of the largest product up to ``wanted`` and within ``most``."""
-    side = math.isqrt(wanted)
-    rows = min(side, most[0])
-    return rows, min(max(1, side + 1 if side * (side + 1) <= wanted else side), most[1])
+def in_proportion(wanted: int, most: tuple[int, int]) -> tuple[int, int]:
+    """``(rows, columns)`` in the proportions of ``most`` but for a column, of the largest product up to ``wanted``."""
+    rows = max(1, min(most[0], math.isqrt(wanted * most[0] // most[1])))
+    return rows, max(1, min(wanted // rows, rows * most[1] // most[0] + 1, most[1]))
