@@ -25,5 +25,5 @@ class Resolution(TowerMethod):
 
 def in_proportion(wanted: int, most: tuple[int, int]) -> tuple[int, int]:
     """``(rows, columns)`` in the proportions of ``most`` but for a column, of the largest product up to ``wanted``."""
-    rows = max(1, min(most[0], math.isqrt(wanted * most[0] // most[1])))
+    rows = max(1, min(most[0], wanted, math.isqrt(wanted * most[0] // most[1])))
     return rows, max(1, min(wanted // rows, rows * most[1] // most[0] + 1, most[1]))
