@@ -214,7 +214,7 @@ def test_llama_cpp_makes_the_tokens_that_transformers_makes(language: LanguageMo
 
 def test_the_chat_template_writes_the_same_for_both(language: LanguageModel, family: str) -> None:
     marker = "<start_of_image>" if family == "gemma3" else FAMILIES[family].image
-    prompt = chat_prompt(language, "What is été?", 2, (marker,))
+    prompt = chat_prompt(language, "What is été?", 2, (marker,), marker)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is été?"}]
     processor = make_processor(family, make_tokenizer(family), {})
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
