@@ -43,21 +43,23 @@ def draw_overlay(
     return canvas
 
 
-def _enlarged(pixels: Pixels, spec: TowerSpec, number: int) -> tuple[NDArray[np.float32], int]:
-    """A crop as colours, ``(H, W, 3)`` in 0..255, and the side of one of its patches in it."""
+def _enlarged(pixels: Pixels, spec: TowerSpec, grid: tuple[int, int], number: int) -> tuple[NDArray[np.float32], int]:
+    """A crop as colours, ``(H, W, 3)`` in 0..255, and the side in it of one cell of ``grid``."""
     values = pixels.crops[number].transpose(1, 2, 0) * np.array(spec.image_std, np.float32) + np.array(
         spec.image_mean, np.float32
     )
     seen = Image.fromarray((np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8))
-    rows, columns = pixels.grids[number]
+    rows, columns = grid
     patch = -(-SIDE // max(rows, columns))
     return np.asarray(seen.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC), np.float32), patch
 
 
 def _merged(pixels: Pixels, spec: TowerSpec, owner: Ints, number: int) -> Image.Image:
     """A crop with lines where one merged cell ends and the next begins."""
-    big, patch = _enlarged(pixels, spec, number)
-    return _shown(_bordered(big, owner.reshape(pixels.grids[number]), patch, _EDGE))
+    rows, columns = pixels.grids[number]
+    grid = rows * spec.merge, columns * spec.merge
+    big, patch = _enlarged(pixels, spec, grid, number)
+    return _shown(_bordered(big, owner.reshape(grid), patch, _EDGE))
 
 
 def _bordered(big: NDArray[np.float32], owner: Ints, patch: int, colour: tuple[int, int, int]) -> NDArray[np.float32]:
@@ -74,7 +76,8 @@ def _shown(values: NDArray[np.float32]) -> Image.Image:
 
 
 def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
-    (big, patch), (rows, columns) = _enlarged(pixels, spec, number), pixels.grids[number]
+    rows, columns = pixels.grids[number]
+    big, patch = _enlarged(pixels, spec, (rows, columns), number)
     shares = np.kron(_shares(layout, plan, number, rows * columns).reshape(rows, columns), np.ones((patch, patch)))
     grey = big.mean(axis=2, keepdims=True) * 0.5
     light = np.maximum(shares, _DIM)[..., None].astype(np.float32)

@@ -145,6 +145,8 @@ class Tower:
                 int(properties[n]) for n in ("image_size", "unit", "patch_size", "heads")
             )
             self.image_size: tuple[int, int] = side, side
+            left = [int(length) for length in properties.get("merged", "").split()]
+            self._merged = (left[0], left[1]) if left else None
             _, _, height, width = self._tower.get_inputs()[0].shape
             self._takes: tuple[int | str, int | str] = height, width
             self.width: int = self._tower.get_outputs()[outputs.index("features")].shape[2]
@@ -184,7 +186,8 @@ class Tower:
         names = [*self._usual, *want]
         found = dict(zip(names, self._run("tower", self._tower, names, {"pixels": pixels}), strict=True))
         keys, patches = found.get("keys"), None
-        grid, side = (pixels.shape[2] // self._patch, pixels.shape[3] // self._patch), self.unit // self._patch
+        side = self.unit // self._patch
+        grid = self._merged or (pixels.shape[2] // self._patch, pixels.shape[3] // self._patch)
         if keys is not None and "queries" in found:
             patches = Patches(found["queries"], keys, self._heads, grid, side)
         if keys is not None:

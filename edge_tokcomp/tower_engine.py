@@ -83,7 +83,11 @@ class TowerEngine:
         if isinstance(keep, int):
             keep = max(keep // len(grids), 1)  # a number of tokens is meant for the whole picture
         wanted = tokens_to_keep(keep, math.prod(grids[0]))
-        return PLAIN if wanted == math.prod(grids[0]) else method.variant(wanted, grids[0], self.spec.blocks)
+        return (
+            PLAIN
+            if wanted == math.prod(grids[0])
+            else method.variant(wanted, grids[0], self.spec.blocks, self.spec.merge)
+        )
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows that enter the language model under ``method``, of a picture of one crop or as many as are asked for."""
@@ -91,7 +95,7 @@ class TowerEngine:
             return keep
         variant = self.variant(method, keep)
         if variant != PLAIN:
-            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks))
+            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks, self.spec.merge))
         return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
 
     def pixels(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Pixels:
@@ -118,7 +122,7 @@ class TowerEngine:
         own: tuple[tuple[int, int], ...],
     ) -> VisionTokens:  # fmt: skip
         """The rows of all crops in the layout's order; ``own``: the grids that the crops have otherwise."""
-        grids = tuple(variant.final_grid(grid, self.spec.blocks) for grid in pixels.grids)
+        grids = tuple(variant.final_grid(grid, self.spec.blocks, self.spec.merge) for grid in pixels.grids)
         layout = self.family.layout(replace(pixels, grids=grids), self.spec)
         if variant != PLAIN:
             layout = replace(layout, whole=self.family.layout(replace(pixels, grids=own), self.spec).before)

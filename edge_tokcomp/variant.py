@@ -57,7 +57,7 @@ class Merge:
 class TowerVariant:
     """A way to run a tower.
 
-    ``grid``: rows and columns of patches a picture is resized to, None for the tower's own. ``merges``: in the order
+    ``grid``: rows and columns of tokens a picture is resized to, None for the tower's own. ``merges``: of patches, in the order
     they are done, several after one block allowed. ``sharing``: see ``Sharing``. ``proportional``: later blocks attend
     to a merged patch as to all it stands for (ToMe's proportional attention). ``str`` gives a short text that is the
     same for the same variant, for cache keys. Raises ``UsageError`` for values that cannot be meant.
@@ -79,13 +79,15 @@ class TowerVariant:
         if self.sharing not in get_args(Sharing):
             raise UsageError(f"unknown sharing {self.sharing!r}; one of {', '.join(get_args(Sharing))}")
 
-    def final_grid(self, own: tuple[int, int], blocks: int) -> tuple[int, int]:
-        """``(H', W')``: the grid of the features of a tower of ``blocks`` blocks whose own grid is ``own``.
+    def final_grid(self, own: tuple[int, int], blocks: int, side: int = 1) -> tuple[int, int]:
+        """``(H', W')``: the grid of the tokens of a tower of ``blocks`` blocks whose own grid is ``own`` tokens, each of
+        ``side`` patches a side.
 
-        Raises ``UsageError`` for a merge that asks for too many pairs, or comes after a block that is not there or is
-        the last: no block would be the faster for it.
+        Raises ``UsageError`` for a merge that asks for too many pairs or leaves no whole tokens, or that comes after a
+        block that is not there or is the last: no block would be the faster for it.
         """
-        grid = self.grid or own
+        rows, columns = self.grid or own
+        grid = rows * side, columns * side
         for merge in self.merges:
             if merge.block > blocks - 2:
                 raise UsageError(
@@ -93,7 +95,11 @@ class TowerVariant:
                     + (f"0 to {blocks - 2} have one after them" if blocks > 1 else "none has one after it")
                 )
             grid = merge.shrink(grid)
-        return grid
+        if grid[0] % side or grid[1] % side:
+            raise UsageError(
+                f"merges that leave {grid[0]} x {grid[1]} patches leave no whole tokens of {side} x {side}"
+            )
+        return grid[0] // side, grid[1] // side
 
     def __str__(self) -> str:
         parts = ["own" if self.grid is None else f"{self.grid[0]}x{self.grid[1]}"]

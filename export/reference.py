@@ -78,7 +78,7 @@ def reference_tower(
             patches = None
             if not spec.class_token:
                 rows = [y.transpose(0, 2, 1, 3).reshape(x.shape) for y in (query, key)]
-                patches = Patches(rows[0], rows[1], spec.heads, grid, spec.merge)
+                patches = Patches(rows[0], rows[1], spec.heads, merger.grid(grid), spec.merge)
         more = linear(taken.transpose(0, 2, 1, 3).reshape(x.shape), f"{name}.attn_out")
         x = x + (more * weight(f"{name}.ls1.weight") if spec.layer_scale else more)
         inner = norm(x, f"{name}.ln2")
@@ -91,6 +91,7 @@ def reference_tower(
         x = merger.after(block, x, keys, grid)
     if spec.post_norm:
         x = norm(x, spec.last_norm)
+    grid = merger.grid(grid)
     stacks = [_squares(stacked[stack.block], grid, spec.merge, spec.pool) for stack in spec.deepstack]
     if spec.merge > 1:
         x = _squares(x[:, lead:], grid, spec.merge, spec.pool)

@@ -35,6 +35,10 @@ class ReferenceMerger:
         logs = np.log([grid.size.ravel() for grid in self._grids])
         return np.pad(logs, ((0, 0), (self._lead, 0))).astype(np.float32)
 
+    def grid(self, own: tuple[int, int]) -> tuple[int, int]:
+        """The patches by now of pictures that had ``own``."""
+        return self._grids[0].size.shape if self._grids else own
+
     def after(self, block: int, x: Floats, keys: Floats, grid: tuple[int, int]) -> Floats:
         """``x (B, rows, D)`` after the merges that follow ``block``; ``grid``: of the picture."""
         merges = [merge for merge in self._variant.merges if merge.block == block]

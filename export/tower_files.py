@@ -281,12 +281,12 @@ def _write_variant(plain: TowerFiles, source: Source, into: Path, order: _Order)
 def _final_grid(spec: TowerSpec, variant: TowerVariant, precision: Precision) -> tuple[int, int]:
     if variant.merges and precision == "fp16":
         raise UsageError("patches cannot be merged inside a tower of fp16; use precision fp32 or int8")
-    if variant.merges and (spec.dynamic or spec.merge > 1 or spec.rotary or spec.window or spec.deepstack):
+    if variant.merges and (spec.dynamic or spec.rotary or spec.window or spec.deepstack):
         raise UsageError(
             f"{spec.family}: patches cannot be merged inside this tower; choose a method that acts after it"
         )
     # What the tower returns besides the features is of one block, which no merge may come after.
-    return variant.final_grid(spec.grid, key_block(spec) + 1)
+    return variant.final_grid(spec.grid, key_block(spec) + 1, spec.merge)
 
 
 def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None:

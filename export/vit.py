@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,8 +70,9 @@ def write_tower(
     with Graph(path, weights, half) as graph:
         size = picture_size(spec, variant) if variant.merges else ("height", "width")
         pixels = graph.input("pixels", ("batch", 3, *size))
-        _Tower(graph, spec, _Weights(source, tower_shapes(spec)), int8, variant).write(pixels)
-        graph.save({name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads", "unit")})
+        left = _Tower(graph, spec, _Weights(source, tower_shapes(spec)), int8, variant).write(pixels)
+        facts = {name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads", "unit")}
+        graph.save(facts | ({"merged": f"{left[0]} {left[1]}"} if variant.merges else {}))
 
 
 def write_projector(spec: TowerSpec, source: Source, path: Path, half: bool = False) -> None:
@@ -127,12 +128,15 @@ class _Tower:
     ) -> None:
         self.graph, self.spec, self.weights, self.int8, self.variant = graph, spec, weights, int8, variant
 
-    def write(self, pixels: str) -> None:
+    def write(self, pixels: str) -> tuple[int, int]:
+        """Write the graph from its pixels on; the grid of patches that merges leave."""
         graph, spec, variant = self.graph, self.spec, self.variant
         x, grid = embedded(graph, spec, self.weights, pixels)
         if spec.pre_norm:
             x = self.norm(x, "v.pre_ln")
-        merger = Merger(graph, variant.grid or spec.table_grid, int(spec.class_token), variant.sharing)
+        rows, columns = variant.grid or spec.grid
+        patches = (rows * spec.merge, columns * spec.merge)
+        merger = Merger(graph, patches, int(spec.class_token), variant.sharing)
         rotary = rotary_tables(graph, spec, grid) if spec.rotary else None
         windows = Windows(graph, grid, spec.window.side * spec.merge, spec.width) if spec.window else None
         whole = spec.window.whole if spec.window else range(spec.blocks)
@@ -156,7 +160,7 @@ class _Tower:
             mask = windows.mask if windows and split else None
             attention = Attention(graph, query, key, value, spec.heads, spec.width, sizes, mask)
             if block == key_block(spec):
-                self.describe(attention, grid, merger, windows.join if windows and split else None)
+                self.describe(attention, self.left(grid, merger), merger, windows.join if windows and split else None)
             x = self.added(x, self.linear(attention.attend(), f"{name}.attn_out"), f"{name}.ls1")
             x = self.added(x, self.feed_forward(self.norm(x, f"{name}.ln2"), name), f"{name}.ls2")
             if any(stack.block == block for stack in spec.deepstack):
@@ -168,10 +172,10 @@ class _Tower:
                     sizes = Sizes.of(graph, merger.sizes, spec.heads, spec.width)
         if windows and split:
             x = windows.join(x)
-        self.finish(x, grid, self.rows(merger), stacked)
+        self.finish(x, self.left(grid, merger), self.rows(merger), stacked)
         for number, owner in enumerate(owners):
-            count = math.prod(variant.grid or spec.table_grid)
-            graph.output(owner, f"owner_{number}", ("batch", count), TensorProto.INT64)
+            graph.output(owner, f"owner_{number}", ("batch", math.prod(patches)), TensorProto.INT64)
+        return merger.grid
 
     def finish(self, x: str, grid: Grid, rows: int | str, stacked: Sequence[str]) -> None:
         """``features`` of the last block, and ``deepstack`` of those before."""
@@ -202,9 +206,17 @@ class _Tower:
                 weights = grid.sums(patches, spec.heads)
             graph.output(weights, "cls_attention", ("batch", spec.heads, rows))
 
+    def left(self, grid: Grid, merger: Merger) -> Grid:
+        """The patches of a picture by now."""
+        if not self.variant.merges:
+            return grid
+        rows, columns = (self.graph.ints(length) for length in merger.grid)
+        return replace(grid, rows=rows, columns=columns)
+
     def rows(self, merger: Merger) -> int | str:
         """How many rows the tower returns, where that is known."""
-        return self.spec.cls_rows + math.prod(merger.grid) if self.variant.merges else "rows"
+        tokens = math.prod(merger.grid) // self.spec.merge**2
+        return self.spec.cls_rows + tokens if self.variant.merges else "rows"
 
     def without_cls(self, x: str) -> str:
         graph = self.graph

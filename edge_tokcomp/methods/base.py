@@ -246,8 +246,9 @@ class TowerMethod(Method):
     """A method that acts before the tower's output, by having the tower run otherwise; all that comes out is kept."""
 
     @abstractmethod
-    def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
-        """How a tower of ``grid`` patches and ``blocks`` blocks is to be run for at most ``wanted`` rows a crop."""
+    def variant(self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1) -> TowerVariant:
+        """How a tower of ``grid`` tokens and ``blocks`` blocks is to be run for at most ``wanted`` tokens a crop;
+        ``side``: patches a side of one token."""
 
     @final
     def choose(self, rows: Candidates, k: int) -> Choice:

@@ -48,16 +48,17 @@ class LUVC(TowerMethod):
         if self.passes is not None and self.passes < 1:
             raise UsageError(f"luvc: passes must be 1 or more, got {self.passes}")
 
-    def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
-        """The merges that lead from ``grid`` to the grid wanted.
+    def variant(self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1) -> TowerVariant:
+        """The merges that lead from the patches of ``grid`` to those of the grid wanted.
 
         Raises ``UsageError`` for a tower of one block, and more passes than there are lines.
         """
         if blocks < 2:
             raise UsageError(f"luvc merges between blocks, and this tower has {blocks}; choose another method")
+        target = tuple(length * side for length in in_proportion(wanted, grid))
+        grid = grid[0] * side, grid[1] * side
         if self.passes is not None and self.passes > sum(grid):
             raise UsageError(f"luvc: {self.passes} passes over {grid[0]} x {grid[1]} patches; name {sum(grid)} at most")
-        target = in_proportion(wanted, grid)
         least = max(fewest_passes(a, b) for a, b in zip(grid, target, strict=True))
         passes = max(least, self.passes or 1)
         rows, columns = (-np.diff(steps(grid[axis], target[axis], passes)) for axis in (1, 0))

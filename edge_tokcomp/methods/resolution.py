@@ -18,7 +18,7 @@ class Resolution(TowerMethod):
     title: ClassVar[str] = "Lower input resolution"
     source: ClassVar[str] = "baseline"
 
-    def variant(self, wanted: int, grid: tuple[int, int], blocks: int) -> TowerVariant:
+    def variant(self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1) -> TowerVariant:
         """The largest such grid within the tower's own."""
         return TowerVariant(grid=in_proportion(wanted, grid))
 
