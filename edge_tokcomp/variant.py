@@ -57,10 +57,10 @@ class Merge:
 class TowerVariant:
     """A way to run a tower.
 
-    ``grid``: rows and columns of tokens a picture is resized to, None for the tower's own. ``merges``: of patches, in the order
-    they are done, several after one block allowed. ``sharing``: see ``Sharing``. ``proportional``: later blocks attend
-    to a merged patch as to all it stands for (ToMe's proportional attention). ``str`` gives a short text that is the
-    same for the same variant, for cache keys. Raises ``UsageError`` for values that cannot be meant.
+    ``grid``: rows and columns of tokens a picture is resized to, None for the tower's own. ``merges``: of patches, in
+    the order they are done, several after one block allowed. ``sharing``: see ``Sharing``. ``proportional``: later
+    blocks attend to a merged patch as to all it stands for (ToMe's proportional attention). ``str`` gives a short text
+    that is the same for the same variant, for cache keys. Raises ``UsageError`` for values that cannot be meant.
     """
 
     grid: tuple[int, int] | None = None
@@ -80,7 +80,7 @@ class TowerVariant:
             raise UsageError(f"unknown sharing {self.sharing!r}; one of {', '.join(get_args(Sharing))}")
 
     def final_grid(self, own: tuple[int, int], blocks: int, side: int = 1) -> tuple[int, int]:
-        """``(H', W')``: the grid of the tokens of a tower of ``blocks`` blocks whose own grid is ``own`` tokens, each of
+        """``(H', W')``: the grid of the tokens of a tower of ``blocks`` blocks whose own is ``own``; each token is of
         ``side`` patches a side.
 
         Raises ``UsageError`` for a merge that asks for too many pairs or leaves no whole tokens, or that comes after a

@@ -20,7 +20,7 @@ class LUVC(TowerMethod):
     """The Orthogonal Iterative Merger between the tower's blocks; what a merge is stands in ``oim.py``.
 
     From the paper (abstract): merging inside the tower, iterative, orthogonal in the spatial axes. Ours, since its full
-    text was not to be had: the grid shrinks to one of at most K cells, its sides equal or one apart, by the same factor
+    text was not to be had: the grid shrinks to one of at most K cells in the proportions of its own, by the same factor
     in every pass, in as few passes as greedy pairing allows or ``passes``; passes follow blocks spread evenly from
     ``first`` to ``last``, as fractions of the depth. ``sharing``: whether every line merges its own pairs.
     ``proportional``: later blocks attend to a merged patch as to all it stands for (ToMe).
