@@ -34,8 +34,9 @@ logger = logging.getLogger("edge_tokcomp.llama")
 
 # ggml_log_level of ggml.h: 1 debug, 2 info, 3 warning, 4 error. Errors are warnings here: what matters is raised.
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
-_EXPECTED = "dummy tokens"
-"""A warning about the stand-in vocabulary of layer segments, which is meant to be one."""
+_EXPECTED = ("dummy tokens", "grounding tasks", "try adding --image-min-tokens 1024", "issues/16842")
+"""Ends of warnings about what is meant: the stand-in vocabulary of layer segments, and pictures smaller than libmtmd
+would have them, with options of another program's."""
 _KV_TYPES = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}
 _FLASH_ATTENTION = {None: -1, False: 0, True: 1}
 
