@@ -17,8 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from edge_tokcomp.export.random_models import LANGUAGE_SHAPES, cached_language_model
-from edge_tokcomp.export.random_towers import TOWER_SHAPES, cached_mmproj
+from edge_tokcomp.export.random_pairs import BENCH_SHAPES, cached_pair
 from edge_tokcomp.export.tower_files import cached_tower
 from edge_tokcomp.families import family_named
 from edge_tokcomp.language.model import LanguageModel
@@ -28,20 +27,22 @@ from edge_tokcomp.tower import Tower
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=sorted(TOWER_SHAPES), default="llava-1.5-7b")
+    parser.add_argument("--shape", choices=BENCH_SHAPES, default="llava-1.5-7b")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    mmproj = cached_mmproj(options.shape)
+    lm, mmproj = cached_pair(BENCH_SHAPES[options.shape])
     spec = cached_tower(mmproj, threads=options.threads).spec
     family, side = family_named(spec.family), spec.image_size
-    # SmolVLM enlarges what is not long: four tiles and an overview.
-    width = 4 * side if spec.limits.longest_edge else side
-    picture = np.random.default_rng(0).integers(0, 256, (side, width, 3), dtype=np.uint8)
-    quantization = "Q4_0" if options.shape == "llava-1.5-7b" else "Q8_0"
+    height, width = side, side
+    if spec.limits.longest_edge:  # SmolVLM enlarges what is not long: four tiles and an overview
+        width = 4 * side
+    elif spec.limits.pinpoints or spec.limits.max_tiles:  # of one tile llama.cpp makes something else
+        height, width = 2 * side, 2 * side
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     with (
-        LanguageModel.open(cached_language_model(LANGUAGE_SHAPES[options.shape], quantization)) as model,
+        LanguageModel.open(lm) as model,
         MtmdEncoder(mmproj, model, threads=options.threads) as theirs,
     ):
         crops = sum(isinstance(piece, ImagePiece) for piece in theirs.encode(picture))
@@ -66,7 +67,7 @@ def main() -> None:
                 if number >= options.warm_up:
                     samples[name].append((time.perf_counter() - started) * 1e3 / crops)
     base = np.array(samples["llama.cpp"])
-    print(f"\n{options.shape}, {width} x {side}, {options.threads} threads of {platform.machine()}")
+    print(f"\n{options.shape}, {width} x {height}, {options.threads} threads of {platform.machine()}")
     print("\n| tower | ms a crop | times as fast as llama.cpp |\n|---|---|---|")
     for name, times in samples.items():
         ratio = base / np.array(times)

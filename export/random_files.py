@@ -30,6 +30,7 @@ _ALIGNMENT = 32
 _HEADER_BYTES = 32 << 20
 """More than metadata and vocabulary take."""
 
+_FLOATS = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
 # A block of each type as it lies in the file, and the bits of one value.
 _BLOCKS = {
     GGMLQuantizationType.Q4_0: (np.dtype([("d", "<u2"), ("quants", "u1", 16)]), 4),
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tensor:
-    """``extent`` rows first. ``centre``: the mean of one that is not quantised."""
+    """``extent`` rows first. ``centre``: the mean of a vector."""
 
     extent: tuple[int, ...]
     kind: GGMLQuantizationType = GGMLQuantizationType.F32
@@ -120,12 +121,11 @@ def _write(
 
 def pieces(rng: np.random.Generator, tensor: Tensor) -> Iterator[bytes]:
     """The tensor as it lies in the file, a few megabytes at a time."""
-    if tensor.kind == GGMLQuantizationType.F32:
-        yield (tensor.centre + 0.1 * rng.standard_normal(tensor.extent)).astype("<f4").tobytes()
-        return
-    if tensor.kind == GGMLQuantizationType.F16:
-        values = rng.standard_normal(tensor.extent, np.float32) / np.sqrt(math.prod(tensor.extent[1:]))
-        yield values.astype("<f2").tobytes()
+    if tensor.kind in _FLOATS:
+        values = rng.standard_normal(tensor.extent, np.float32)
+        columns = math.prod(tensor.extent[1:])
+        values = tensor.centre + 0.1 * values if len(tensor.extent) == 1 else values / np.sqrt(columns)
+        yield values.astype(_FLOATS[tensor.kind]).tobytes()
         return
     layout, bits = _BLOCKS[tensor.kind]
     levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from edge_tokcomp.families.tower_spec import Step, TowerSpec
 
-from .source import Source
-
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Shaped(Protocol):
+    """What tells how wide the rows are that a linear writes: a ``Source``."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, slowest axis first."""
 
 
 def tower_shapes(spec: TowerSpec) -> Shapes:
@@ -46,7 +52,7 @@ def patch_weights(spec: TowerSpec) -> list[str]:
     return ["v.patch_embd.weight"] + [f"v.patch_embd.weight.{number}" for number in range(1, spec.patch_slices)]
 
 
-def projector_shapes(spec: TowerSpec, source: Source) -> Shapes:
+def projector_shapes(spec: TowerSpec, source: Shaped) -> Shapes:
     """Of the projector, and of those of the deepstack features: linears, each as wide as the one before it ends."""
     shapes = _step_shapes(spec.projector, spec.token_width, source)
     for stack in spec.deepstack:
@@ -56,13 +62,13 @@ def projector_shapes(spec: TowerSpec, source: Source) -> Shapes:
     return shapes
 
 
-def language_width(spec: TowerSpec, source: Source) -> int:
+def language_width(spec: TowerSpec, source: Shaped) -> int:
     """Width of the rows that the projector writes, deepstack features not counted."""
     last = [step for step in spec.projector if step.kind == "linear"][-1]
     return _into(last, source)
 
 
-def _step_shapes(steps: Sequence[Step], width: int, source: Source) -> Shapes:
+def _step_shapes(steps: Sequence[Step], width: int, source: Shaped) -> Shapes:
     shapes: Shapes = {}
     for step in steps:
         if step.kind == "linear":
@@ -76,7 +82,7 @@ def _step_shapes(steps: Sequence[Step], width: int, source: Source) -> Shapes:
     return shapes
 
 
-def _into(step: Step, source: Source) -> int:
+def _into(step: Step, source: Shaped) -> int:
     """What a linear widens or narrows its rows to."""
     return source.shape(f"{step.name}.weight")[-1 if step.transposed else 0]
 
