@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
+from .encoded_cache import EncodedCache
 from .errors import UnsupportedError, UsageError
 from .language.model import LanguageModel
 from .methods import Method
@@ -29,6 +30,7 @@ def check_engine(name: str) -> None:
 def open_engine(
     stack: ExitStack, name: EngineName, mmproj: Path, model: LanguageModel, *, row_width: int,
     precision: Precision | None, provider: Provider, threads: int, gpu: bool, method: Method, keep: int | float,
+    cache: EncodedCache,
 ) -> Engine:  # fmt: skip
     """The engine of that ``name``; ``auto`` is ours, or llama.cpp's for models that have no tower here.
 
@@ -40,7 +42,7 @@ def open_engine(
     if name != "mtmd":
         try:
             return TowerEngine(
-                mmproj, precision=precision, provider=provider, threads=threads, method=method, keep=keep
+                mmproj, precision=precision, provider=provider, threads=threads, method=method, keep=keep, cache=cache
             )
         except UnsupportedError as fault:
             if name == "onnx":
@@ -63,6 +65,6 @@ def open_engine(
             f"{mmproj}: llama.cpp's own tower (engine mtmd) does not serve a deepstack model in layer segments; use "
             "engine onnx, or no layer steps"
         )
-    engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, why=reason)
+    engine = MtmdEngine(mmproj, model, threads=threads, gpu=gpu, why=reason, cache=cache)
     stack.callback(engine.close)
     return engine

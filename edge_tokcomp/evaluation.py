@@ -133,6 +133,8 @@ def score_arms(
         seen = vlm.see((drawn(index + other) if wrong_image else scene).image)
         for number, arm in enumerate(arms):
             compressed = vlm.compress(seen, arm.method, keeps[number][index] if arm.dynamic else arm.keep)
+            if compressed.variant.serves(seen.variant):
+                seen = compressed  # Seen with a block's attention, it serves other arms too.
             tokens[number] += len(compressed.plan)
             if arm.steps != vlm.layer_steps:
                 vlm.set_layer_steps(arm.steps)

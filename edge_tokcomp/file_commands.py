@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from .errors import UsageError, check_positive
-from .methods import TowerMethod, get_method, method_table
+from .methods import AttentionMethod, TowerMethod, get_method, method_table
 from .methods.options import describe_options, spell
 from .text import printable, unheard
 
@@ -65,7 +65,8 @@ def models(options: argparse.Namespace) -> int:
     print(textwrap.fill(", ".join(others), 100))  # noqa: T201
     print(  # noqa: T201
         "checked: what llama.cpp encodes enters the language model as llama.cpp itself would feed it, on tiny random\n"
-        "models of the families above, of MiniCPM-V and of GLM-4V (resampler, glm4v); the other types were not run."
+        "models of the families above, of MiniCPM-V, GLM-4V, CogVLM, Gemma 3n, Gemma 4, HunyuanVL and DeepSeek-V4\n"
+        "(resampler, glm4v, cogvlm, gemma3nv, gemma4v, hunyuanvl, deepseek4v); the other types were not run."
     )
     return 0
 
@@ -77,6 +78,8 @@ def compress(options: argparse.Namespace) -> int:
     method = get_method(options.method)
     if isinstance(method, TowerMethod):
         raise UsageError(f"method {method.name} acts in the tower or before it, not on its rows; choose another method")
+    if isinstance(method, AttentionMethod) and method.block is not None:
+        raise UsageError(f"method {method}: the block is of a tower, and these rows have left it; leave block out")
     tokens, query = read_features(Path(options.features))
     plan = method.compress(tokens, options.keep, seed=options.seed, query=query)
     try:

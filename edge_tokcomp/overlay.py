@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -17,11 +19,12 @@ _DIM, _EDGE, _BORDER, _STRIP, _MARGIN = 0.22, (255, 196, 0), (150, 125, 60), 34,
 
 
 def draw_overlay(
-    pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, method: str, owner: Ints | None = None
+    pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, method: str, owner: Sequence[Ints] | None = None
 ) -> Image.Image:
     """What the tower saw of each crop, side by side, with ``plan`` laid over it; its counts and ``method`` below.
 
-    ``owner (crops, N)``: the cell that each patch was merged into inside the tower; what is drawn then is those cells.
+    ``owner``: of each crop ``(N,)``, the cell that each patch was merged into inside the tower; what is drawn then is
+    those cells.
     """
     if owner is None:
         crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]

@@ -1,7 +1,8 @@
 """The vision tower on ONNX Runtime: pixels to features, kept rows to language-model width.
 
 Runs a directory holding ``tower.onnx`` and ``projector.onnx``, as the exporter writes it. They are two graphs so that
-only the rows a method keeps pass through the projector.
+only the rows a method keeps pass through the projector. ``attention.onnx``, where it is, is the tower with a block's
+attention and keys among its outputs, over the same weights: ONNX Runtime computes all outputs, whichever are asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from .errors import TokcompError, UsageError
 from .received import received_attention, squares
 from .tokens import Ints
+from .variant import Merge, shrinking, spread
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -30,7 +32,9 @@ Precision = Literal["fp32", "fp16", "int8"]
 """fp16 stores and computes everything in 16 bits: for GPUs. int8 stores and multiplies the blocks' matrices in 8 bits,
 quantising activations as they come: for CPUs."""
 
-_USUAL = ("features", "cls_attention", "deepstack")
+GraphName = Literal["tower", "attention"]
+"""Without a block's attention and keys, or with them."""
+
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _CUDA_OPTIONS = {
     # Boards share memory with the GPU: take what is needed, not the next power of two.
@@ -62,13 +66,13 @@ class TowerOutput:
     """What the tower says of B crops.
 
     ``features (B, rows, D) float32``: a row a token, CLS row first where the tower returns one.
-    ``cls_attention (B, heads, rows) float32``: the softmax weights of the CLS query, None without a CLS.
-    ``keys (B, rows, Dk) float32``: that block's attention keys averaged over heads, None unless asked for.
-    ``owners``: for each merge of a tower that merges, ``(B, N) int64``: the cell of the grid after it, in raster order,
-    that each of the picture's N patches is in.
-    ``patches``: what attention between patches is taken of, where there is no CLS; None unless asked for.
+    ``cls_attention (B, heads, rows) float32``: the softmax weights of a block's CLS query, None without a CLS.
+    ``keys (B, rows, Dk) float32``: that block's attention keys averaged over heads.
+    ``owners``: for each merge, ``(B, N) int64``: the cell of the grid after it, in raster order, that each of the
+    picture's N patches is in.
+    ``patches``: what attention between patches is taken of, where there is no CLS.
     ``deepstack (B, rows, E) float32``: features of blocks on the way, which only the projector takes; None where the
-    model has no such.
+    model has no such. Attention and keys are None where the graph describes no block.
     """
 
     features: Floats
@@ -104,25 +108,32 @@ class TowerOutput:
 
 
 class Tower:
-    """An exported tower, loaded.
+    """An exported tower, loaded: its ``graph`` of that name.
 
     ``provider``: where to run; ``auto`` takes CUDA if it starts, else the CPU, and ``provider_reason`` says which and
     why. ``threads``: CPU threads of each call. The shapes it works with are ``image_size (H, W)``, pixels of the
     pictures it was made for, ``unit``, what other sides are multiples of, ``width`` (D) and ``language_width`` (d).
-    ``levels``: widths of its deepstack features.
-    ``further``: what ``encode`` returns when asked.
+    ``levels``: widths of its deepstack features. ``class_token``: whether it has a CLS.
     ``separator (d,) float32``: what stands between rows of tokens, where the model has such. Raises ``TokcompError``
     when the directory holds no tower, ONNX Runtime is not installed, or the provider asked for does not start; it never
     falls back from one that was asked for.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, provider: Provider = "auto", threads: int) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        provider: Provider = "auto",
+        threads: int,
+        graph: GraphName = "tower",
+    ) -> None:
         if threads < 1:
             raise UsageError(f"threads must be at least 1, got {threads}")
         self.directory = Path(directory)
         runtime = _import_runtime()
         self.provider, self.provider_reason = _choose(runtime, provider)
-        paths = [self.directory / f"{name}.onnx" for name in ("tower", "projector")]
+        self._graph = graph
+        paths = [self.directory / f"{name}.onnx" for name in (graph, "projector")]
         sessions = [_session(runtime, path, self.provider, threads) for path in paths]
         if not all(_runs_on(session, self.provider) for session in sessions):
             if provider == "cuda":
@@ -136,19 +147,15 @@ class Tower:
             ]
         self._tower, self._projector = sessions
         outputs = [output.name for output in self._tower.get_outputs()]
-        self._owners = [name for name in outputs if name.startswith("owner_")]
-        self._usual = [name for name in outputs if name in _USUAL] + self._owners
-        self.further = set(outputs) - set(self._usual)
+        self.merging = "owners" in outputs
         try:
             properties = self._tower.get_modelmeta().custom_metadata_map
             side, self.unit, self._patch, heads = (
                 int(properties[n]) for n in ("image_size", "unit", "patch_size", "heads")
             )
             self.image_size: tuple[int, int] = side, side
-            left = [int(length) for length in properties.get("merged", "").split()]
-            self._merged = (left[0], left[1]) if left else None
-            _, _, height, width = self._tower.get_inputs()[0].shape
-            self._takes: tuple[int | str, int | str] = height, width
+            self._window = int(properties["window"]) or None
+            self._blocks = [taken.shape[0] for taken in self._tower.get_inputs() if taken.name == "merges"]
             self.width: int = self._tower.get_outputs()[outputs.index("features")].shape[2]
             self.language_width: int = self._projector.get_outputs()[0].shape[1]
             self._taken: int = self._projector.get_inputs()[0].shape[1]
@@ -158,18 +165,18 @@ class Tower:
             if self.width < 1 or self._taken != self.width + stacked or stacked % self.width:
                 raise ValueError(f"rows of {self.width} and {self._taken}")
             self.levels = stacked // self.width
-            self._heads = heads
+            self._heads, self.class_token = heads, {"True": True, "False": False}[properties["class_token"]]
             self.separator = _separator(self.directory / "separator.npy", self.language_width)
         except (ValueError, TypeError, IndexError, KeyError, OSError) as fault:
             raise TokcompError(
                 f"{self.directory}: its files are no tower and projector ({fault!r}); export the tower again"
             ) from fault
 
-    def encode(self, pixels: Floats, want: Collection[Literal["keys", "queries"]] = ()) -> TowerOutput:
+    def encode(self, pixels: Floats, merges: Sequence[Merge] = ()) -> TowerOutput:
         """Run the tower on ``pixels (B, 3, H, W) float32``, normalised; any B.
 
-        H and W are ``image_size`` or other multiples of ``unit``; a tower that merges takes one size. ``want``:
-        what is to be computed besides the features and the CLS attention.
+        H and W are ``image_size`` or other multiples of ``unit``. ``merges``: what is merged on the way, where the
+        graph does that (``merging``).
         Raises ``TokcompError`` when ONNX Runtime fails, most often for want of memory.
         """
         if (
@@ -179,15 +186,20 @@ class Tower:
             or not len(pixels)
             or not all(self._fits(axis, length) for axis, length in enumerate(pixels.shape[2:]))
         ):
-            sides = ", ".join(str(side) if type(side) is int else f"n*{self.unit}" for side in self._takes)
+            sides = f"n*{self.unit}, n*{self.unit}"
             raise ValueError(f"pixels must be (B, 3, {sides}) float32, got {pixels.shape} {pixels.dtype}")
-        if not self.further.issuperset(want):
-            raise ValueError(f"this tower does not return {', '.join(sorted(set(want) - self.further))}")
-        names = [*self._usual, *want]
-        found = dict(zip(names, self._run("tower", self._tower, names, {"pixels": pixels}), strict=True))
+        grid = pixels.shape[2] // self._patch, pixels.shape[3] // self._patch
+        inputs: dict[str, NDArray[Any]] = {"pixels": pixels}
+        if self.merging:
+            inputs |= self._pairs(merges, grid)
+        elif merges:
+            raise ValueError("this graph merges nothing")
+        names = [output.name for output in self._tower.get_outputs()]
+        found = dict(zip(names, self._run(self._graph, self._tower, names, inputs), strict=True))
         keys, patches = found.get("keys"), None
         side = self.unit // self._patch
-        grid = self._merged or (pixels.shape[2] // self._patch, pixels.shape[3] // self._patch)
+        *_, (down, across) = shrinking(merges, grid, self._window)
+        grid = sum(down), sum(across)
         if keys is not None and "queries" in found:
             patches = Patches(found["queries"], keys, self._heads, grid, side)
         if keys is not None:
@@ -195,13 +207,27 @@ class Tower:
             if side > 1:
                 keys = squares(np.moveaxis(keys, 1, 2), grid, side).mean(axis=-1).swapaxes(1, 2)
         return TowerOutput(
-            found["features"], found.get("cls_attention"), keys, tuple(found[name] for name in self._owners),
+            found["features"], found.get("cls_attention"), keys, tuple(found.get("owners", ())),
             found.get("deepstack"), patches,
         )  # fmt: skip
 
+    def _pairs(self, merges: Sequence[Merge], grid: tuple[int, int]) -> dict[str, NDArray[np.int64]]:
+        """What the graph takes for ``merges`` of a ``grid`` of patches."""
+        (blocks,) = self._blocks
+        after = [merge.block for merge in merges]
+        if max(after, default=0) > blocks - 2:
+            raise ValueError(f"merges after blocks {after} of {blocks}")
+        before = list(shrinking(merges, grid, self._window))
+        across = [spread(merge.rows, pieces) for merge, (_, pieces) in zip(merges, before, strict=False)]
+        down = [spread(merge.columns, pieces) for merge, (pieces, _) in zip(merges, before, strict=False)]
+        shapes = [(len(merges), len(pieces)) for pieces in before[0]]
+        return {
+            "merges": np.bincount(np.array(after, np.int64), minlength=blocks).astype(np.int64),
+            "pairs_down": np.array(down, np.int64).reshape(shapes[0]),
+            "pairs_across": np.array(across, np.int64).reshape(shapes[1]),
+        }
+
     def _fits(self, axis: int, length: int) -> bool:
-        if type(self._takes[axis]) is int:
-            return length == self._takes[axis]
         return length == self.image_size[axis] or (length > 0 and length % self.unit == 0)
 
     def project(self, rows: Floats) -> Floats:
@@ -221,7 +247,7 @@ class Tower:
         return embeddings
 
     def _run(
-        self, name: str, session: onnxruntime.InferenceSession, outputs: list[str], inputs: dict[str, Floats]
+        self, name: str, session: onnxruntime.InferenceSession, outputs: list[str], inputs: dict[str, NDArray[Any]]
     ) -> list[Any]:
         try:
             results: list[Any] = session.run(outputs, inputs)

@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pil
 
+from . import __version__
 from .answers import Look
 from .budget import tokens_to_keep
+from .encoded_cache import EncodedCache
 from .errors import TokcompError, UsageError
 from .families import TowerSpec, family_named
 from .families.base import Pixels
 from .families.tower_spec import Limits
-from .methods import Method, TowerMethod
-from .tokens import Layout, Role, VisionTokens
-from .tower import Precision, Provider, Tower, TowerOutput
-from .variant import PLAIN, TowerVariant
+from .methods import AttentionMethod, Method, TowerMethod
+from .tokens import Ints, Layout, Role, VisionTokens
+from .tower import Patches, Precision, Provider, Tower, TowerOutput
+from .variant import PLAIN, Merge, TowerKind, TowerVariant
 
 Floats = NDArray[np.float32]
 
@@ -33,20 +35,20 @@ _TOGETHER = 4
 class TowerEngine:
     """The vision half of a model: ``spec`` and ``family`` say what it is, ``tower`` runs it under a method.
 
-    ``directory``: of the exported tower, run plainly. ``reason``: where it runs and why.
+    ``directory``: of the exported tower, run plainly. ``reason``: where it runs and why. ``cache``: of what it said.
     """
 
     name = "onnx"
 
     def __init__(
         self, mmproj: Path, *, precision: Precision | None, provider: Provider, threads: int, method: Method,
-        keep: int | float,
+        keep: int | float, cache: EncodedCache,
     ) -> None:  # fmt: skip
         from .export.tower_files import cached_tower
 
-        self.threads = threads
+        self.threads, self.cache = threads, cache
         self._mmproj, self._provider = mmproj, provider
-        self._towers: dict[TowerVariant, Tower] = {}
+        self._towers: dict[TowerKind, Tower] = {}
         self._plain = cached_tower(mmproj, precision, threads=threads)
         self.precision = self._plain.precision
         self.spec, self.directory = self._plain.spec, self._plain.directory
@@ -54,13 +56,28 @@ class TowerEngine:
         self.causal, self.positions = self.family.causal, self.family.positions
         self.markers, self.written = self.family.markers, self.family.written
         self.family_name = self.family.name
-        self.tower = self._tower(self.variant(method, keep))
+        # Where sizes differ, a number of tokens may be all of a usual picture and a part of a larger one.
+        self.tower = self._tower(self.variant(method, 0.5 if self.sizes_differ and keep != 1.0 else keep).kind)
         self.row_width, self.reason = self.tower.language_width, self.tower.provider_reason
 
     @property
     def crop_tokens(self) -> int:
         """Tokens of one crop of the size the tower was made for."""
         return int(self.spec.patches)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the tower runs on a GPU."""
+        return self.tower.provider != "cpu"
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many CPU threads from now on, which takes opening the tower anew."""
+        if threads != self.threads:
+            self.threads, kinds = threads, list(self._towers)
+            self._towers.clear()
+            for kind in kinds:
+                self._tower(kind)
+            self.tower = next(iter(self._towers.values()))
 
     @property
     def sizes_differ(self) -> bool:
@@ -73,59 +90,131 @@ class TowerEngine:
         Raises ``UsageError`` where it cannot be run so.
         """
         if not isinstance(method, TowerMethod):
-            return PLAIN
-        if self.spec.dynamic and self.spec.limits.max_tiles is not None:
+            return TowerVariant(block=self._looked_at(method))
+        pixels = None if picture is None else self.pixels(picture)
+        grids = (self.spec.grid,) if pixels is None else pixels.grids
+        counts = [math.prod(grid) for grid in grids]
+        # A number of tokens is meant for the whole picture.
+        wanted = [max(keep * count // sum(counts), 1) if isinstance(keep, int) else keep for count in counts]
+        tokens = [tokens_to_keep(part, count) for part, count in zip(wanted, counts, strict=True)]
+        most = 0 if pixels is None else tokens_to_keep(keep, self._layout(pixels, grids).before)
+        while True:
+            variant = self._variant_of_crops(method, tokens, grids)
+            if pixels is None or max(tokens) == 1:
+                return variant
+            left = [self._left(variant.of_crop(number), grid) for number, grid in enumerate(grids)]
+            over = self._layout(pixels, left).before - most
+            if over <= 0:
+                return variant
+            # Separators count too, and how many there are shows only now.
+            tokens = [
+                max(1, part - -(-over * count // sum(counts))) for part, count in zip(tokens, counts, strict=True)
+            ]
+
+    def _variant_of_crops(
+        self, method: TowerMethod, wanted: Sequence[int], grids: Sequence[tuple[int, int]]
+    ) -> TowerVariant:
+        """For at most ``wanted`` tokens of each crop."""
+        variants = [
+            PLAIN if tokens == math.prod(grid) else self._variant_of_crop(method, tokens, grid)
+            for tokens, grid in zip(wanted, grids, strict=True)
+        ]
+        if all(variant == variants[0] for variant in variants):
+            return variants[0]
+        merging = next(variant for variant in variants if variant != PLAIN)
+        return replace(merging, merges=variants[0].merges, further=tuple(variant.merges for variant in variants[1:]))
+
+    def _variant_of_crop(self, method: TowerMethod, wanted: int, grid: tuple[int, int]) -> TowerVariant:
+        spec = self.spec
+        found = method.variant(wanted, grid, spec.blocks, spec.merge, spec.window_patches)
+        if found.grid is not None and spec.dynamic and spec.limits.max_tiles is not None:
             raise UsageError(
                 f"method {method.name} runs the tower on crops of one size, and {self.family_name} cuts pictures "
-                "into crops of several; choose a method that acts after the tower"
+                "into crops of several; choose another method"
             )
-        grids = (self.spec.grid,) if picture is None else self.pixels(picture).grids
-        if isinstance(keep, int):
-            keep = max(keep // len(grids), 1)  # a number of tokens is meant for the whole picture
-        wanted = tokens_to_keep(keep, math.prod(grids[0]))
-        return (
-            PLAIN
-            if wanted == math.prod(grids[0])
-            else method.variant(wanted, grids[0], self.spec.blocks, self.spec.merge)
-        )
+        self._left(found, grid)  # refuses merges that cannot be
+        return found
+
+    def _left(self, variant: TowerVariant, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens that come of a crop of ``grid``."""
+        return variant.final_grid(grid, self.spec.blocks, self.spec.merge, self.spec.window_patches)
+
+    def _layout(self, pixels: Pixels, grids: Sequence[tuple[int, int]]) -> Layout:
+        """Where the rows of a picture lie whose crops come out as ``grids`` of tokens."""
+        return self.family.layout(replace(pixels, grids=tuple(grids)), self.spec)
+
+    def _looked_at(self, method: Method) -> int | None:
+        """The block whose attention or keys ``method`` looks at, if it does; raises ``UsageError`` for one not run."""
+        asked = method.needs | method.wants
+        if not self.spec.class_token:  # What would have to be computed first is for methods that cannot do without.
+            asked -= {"cls_attention"} - method.needs
+        number = method.block if isinstance(method, AttentionMethod) else None
+        if asked & {"cls_attention", "keys"}:
+            return int(self.spec.block(number))
+        if number is not None:
+            raise UsageError(
+                f"method {method}: of this tower, which has no class token, it looks at no block's attention; leave "
+                "block out"
+            )
+        return None
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows that enter the language model under ``method``, of a picture of one crop or as many as are asked for."""
         if self.sizes_differ and isinstance(keep, int) and method.compresses and not isinstance(method, TowerMethod):
             return keep
         variant = self.variant(method, keep)
-        if variant != PLAIN:
-            return math.prod(variant.final_grid(self.spec.grid, self.spec.blocks, self.spec.merge))
+        if not variant.usual:
+            return math.prod(self._left(variant, self.spec.grid))
         return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
 
     def pixels(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Pixels:
         """``picture`` as the tower wants it."""
         return self.family.preprocess(picture, self.spec, variant.grid)
 
-    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
-        """Preprocess ``picture`` and run the tower on its crops."""
-        tower = self._tower(variant)
+    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN, content: str = "") -> Look:
+        """Preprocess ``picture`` and run the tower on its crops, unless ``cache`` holds what it says of this
+        ``content``, a digest."""
+        tower = self._tower(variant.kind)
         started = time.perf_counter()
         pixels = self.pixels(picture, variant)
         ready = time.perf_counter()
-        outputs = _encoded(tower, pixels.crops)
+        outputs = self._recalled(content, variant)
+        if outputs is None:
+            outputs = _encoded(tower, pixels.crops, [variant.of_crop(n).merges for n in range(len(pixels.crops))])
+            if content:
+                self.cache.put(self._key(content, variant), outputs)
         done = time.perf_counter()
         timings = {"preprocess": (ready - started) * 1e3, "encode": (done - ready) * 1e3}
-        owner = None if outputs[0].owner is None else np.concatenate([output.owner for output in outputs])
+        owner = None
+        if variant.kind.merging:
+            owner = tuple(_owner(output, grid, self.spec) for output, grid in zip(outputs, pixels.grids, strict=True))
         own = (self.spec.grid,) * len(pixels.crops)
-        if variant != PLAIN and self.spec.dynamic:
+        if not variant.usual and self.spec.dynamic:
             own = self.pixels(picture).grids
         return Look(self._tokens(tower, pixels, outputs, variant, own), self.family.prompt(pixels), owner, timings)
+
+    def _recalled(self, content: str, variant: TowerVariant) -> list[TowerOutput] | None:
+        """What the tower said before, of the usual block's attention too where none is asked for."""
+        if not content:
+            return None
+        found = self.cache.get(self._key(content, variant), (TowerOutput, Patches))
+        if found is None and variant.block is None:
+            more = replace(variant, block=self.spec.block(None))
+            found = self.cache.get(self._key(content, more), (TowerOutput, Patches))
+        return found
+
+    def _key(self, content: str, variant: TowerVariant) -> str:
+        return f"{content} {self.directory.name} {variant} {__version__}"
 
     def _tokens(
         self, tower: Tower, pixels: Pixels, outputs: Sequence[TowerOutput], variant: TowerVariant,
         own: tuple[tuple[int, int], ...],
     ) -> VisionTokens:  # fmt: skip
         """The rows of all crops in the layout's order; ``own``: the grids that the crops have otherwise."""
-        grids = tuple(variant.final_grid(grid, self.spec.blocks, self.spec.merge) for grid in pixels.grids)
-        layout = self.family.layout(replace(pixels, grids=grids), self.spec)
-        if variant != PLAIN:
-            layout = replace(layout, whole=self.family.layout(replace(pixels, grids=own), self.spec).before)
+        grids = tuple(self._left(variant.of_crop(number), grid) for number, grid in enumerate(pixels.grids))
+        layout = self._layout(pixels, grids)
+        if not variant.usual:
+            layout = replace(layout, whole=self._layout(pixels, own).before)
         place = partial(_placed, layout=layout, lead=self.spec.cls_rows)
         attention = [output.cls_attention[0].T for output in outputs if output.cls_attention is not None]
         keys = [output.keys[0] for output in outputs if output.keys is not None]
@@ -137,23 +226,25 @@ class TowerEngine:
             partial(_received, outputs, layout, self.spec.cls_rows) if outputs[0].patches else None,
         )  # fmt: skip
 
-    def _tower(self, variant: TowerVariant) -> Tower:
-        """The tower that runs ``variant``, opened when first asked for; smaller pictures need none of their own.
+    def _tower(self, kind: TowerKind) -> Tower:
+        """The tower of that ``kind``, opened when first asked for.
 
-        Besides the plain one and the first, only the last one stays open: each holds the weights anew.
+        Each open one holds the weights anew: one that can do more than is asked for is taken rather than another
+        opened, and besides the plain one and the first only the last one stays open.
         """
-        merging = variant if variant.merges else PLAIN
-        if merging not in self._towers:
+        for ready in (kind, *(old for old in self._towers if old.serves(kind))):
+            if ready in self._towers:
+                return self._towers[ready]
+        files = self._plain
+        if kind != PLAIN.kind:
             from .export.tower_files import cached_tower
 
-            files = self._plain
-            if merging != PLAIN:
-                files = cached_tower(self._mmproj, self.precision, variant=merging, threads=self.threads)
-            opened = Tower(files.directory, provider=self._provider, threads=self.threads)
-            _check_described(opened, self.spec)
-            stay = [PLAIN, *list(self._towers)[:1]]
-            self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {merging: opened}
-        return self._towers[merging]
+            files = cached_tower(self._mmproj, self.precision, kind=kind, threads=self.threads)
+        opened = Tower(files.directory, provider=self._provider, threads=self.threads, graph=files.graph)
+        _check_described(opened, self.spec)
+        stay = [PLAIN.kind, *list(self._towers)[:1]]
+        self._towers = {old: tower for old, tower in self._towers.items() if old in stay} | {kind: opened}
+        return opened
 
 
 def _check_described(tower: Tower, spec: TowerSpec) -> None:
@@ -164,7 +255,7 @@ def _check_described(tower: Tower, spec: TowerSpec) -> None:
         ("units", tower.unit, spec.unit),
         ("rows", tower.width, spec.token_width),
         ("deepstack levels", tower.levels, len(spec.deepstack)),
-        ("a class token", "queries" not in tower.further, spec.class_token),
+        ("a class token", tower.class_token, spec.class_token),
         ("a separator", tower.separator is not None, bool(spec.separator)),
     ):
         if found != wanted:
@@ -179,16 +270,23 @@ def tower_file(mmproj: Path) -> Path:
     return mmproj / "tower.json" if mmproj.is_dir() else mmproj
 
 
-def _encoded(tower: Tower, crops: Sequence[Floats]) -> list[TowerOutput]:
-    """What the tower says of each crop; those of one size go through it together, a few at a time."""
+def _encoded(tower: Tower, crops: Sequence[Floats], merges: Sequence[tuple[Merge, ...]]) -> list[TowerOutput]:
+    """What the tower says of each crop, with its ``merges``; those alike in both go through it together, a few at a
+    time."""
     found: dict[int, TowerOutput] = {}
-    for size in dict.fromkeys(crop.shape for crop in crops):
-        members = [number for number, crop in enumerate(crops) if crop.shape == size]
+    ways = [(crop.shape, each) for crop, each in zip(crops, merges, strict=True)]
+    for way in dict.fromkeys(ways):
+        members = [number for number, other in enumerate(ways) if other == way]
         for start in range(0, len(members), _TOGETHER):
             batch = members[start : start + _TOGETHER]
-            output = tower.encode(np.stack([crops[number] for number in batch]), want=tower.further)
+            output = tower.encode(np.stack([crops[number] for number in batch]), way[1])
             found |= {number: output.crop(place) for place, number in enumerate(batch)}
     return [found[number] for number in range(len(crops))]
+
+
+def _owner(output: TowerOutput, grid: tuple[int, int], spec: TowerSpec) -> Ints:
+    """``(N,)``: the cell that each patch of a crop of ``grid`` tokens is in at the end."""
+    return np.arange(math.prod(grid) * spec.merge**2) if output.owner is None else output.owner[0]
 
 
 def _placed(parts: Sequence[Floats], layout: Layout, lead: int) -> Floats:

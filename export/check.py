@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_tokcomp.families.tower_spec import TowerSpec
-from edge_tokcomp.tower import Tower, TowerOutput
-from edge_tokcomp.variant import PLAIN, TowerVariant
+from edge_tokcomp.methods.luvc import LUVC
+from edge_tokcomp.tokens import Ints
+from edge_tokcomp.tower import GraphName, Tower, TowerOutput
+from edge_tokcomp.variant import Merge, TowerKind, TowerVariant
 
 from .reference import reference_projector, reference_tower
 from .source import Source
@@ -71,9 +74,11 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A picture, and what the source makes of it: ``output`` of the tower, ``embeddings`` of the projector."""
+    """A picture, ``merges``, and what the source makes of both: ``output`` of the tower, ``embeddings`` of the
+    projector."""
 
     pixels: Floats
+    merges: tuple[Merge, ...]
     output: TowerOutput
     embeddings: Floats
 
@@ -84,40 +89,65 @@ class Reference:
 
     @classmethod
     def of(cls, spec: TowerSpec, source: Source) -> Reference:
-        """Run the NumPy tower and projector of ``source`` on one picture."""
-        pixels = seeded_picture(*picture_size(spec, PLAIN))
-        return cls._of(spec, source, pixels, reference_tower(spec, source, pixels))
+        """Run the NumPy tower and projector of ``source`` on one picture, and look at the usual block's attention."""
+        return cls._of(spec, source, TowerVariant(block=spec.block(None)), (), 0.0)
 
     @classmethod
-    def of_variant(
-        cls, spec: TowerSpec, source: Source, variant: TowerVariant, directory: Path, slack: float, threads: int
+    def of_kind(
+        cls, spec: TowerSpec, source: Source, kind: TowerKind, directory: Path, slack: float, threads: int
     ) -> Reference:
-        """The same of a tower that merges, given what that in ``directory`` merges: see ``ReferenceMerger``."""
-        pixels = seeded_picture(*picture_size(spec, variant))
-        found = Tower(directory, provider="cpu", threads=threads).encode(pixels).owners
-        return cls._of(spec, source, pixels, reference_tower(spec, source, pixels, variant, found, slack))
+        """The same of a tower of that ``kind``, given what the one in ``directory`` merges: see ``ReferenceMerger``."""
+        variant = trial(spec, kind)
+        found: tuple[Ints, ...] = ()
+        if kind.merging:
+            pixels = seeded_picture(*picture_size(spec))
+            found = Tower(directory, provider="cpu", threads=threads).encode(pixels, variant.merges).owners
+        return cls._of(spec, source, variant, found, slack)
 
     @classmethod
-    def _of(cls, spec: TowerSpec, source: Source, pixels: Floats, output: TowerOutput) -> Reference:
-        return cls(pixels, output, reference_projector(spec, source, output.rows(0)))
+    def _of(
+        cls, spec: TowerSpec, source: Source, variant: TowerVariant, found: tuple[Ints, ...], slack: float
+    ) -> Reference:
+        pixels = seeded_picture(*picture_size(spec))
+        output = reference_tower(spec, source, pixels, variant, found, slack)
+        return cls(pixels, variant.merges, output, reference_projector(spec, source, output.rows(0)))
 
 
-def check_tower(directory: Path, reference: Reference, threads: int) -> Check:
-    """Run the tower in ``directory`` on the reference's picture, and its projector on the reference's features."""
-    tower = Tower(directory, provider="cpu", threads=threads)
-    output, wanted = tower.encode(reference.pixels, want=tower.further), reference.output
-    cosines = _cosines(_levels(output), _levels(wanted))
+def check_tower(directory: Path, reference: Reference, threads: int, graphs: Sequence[GraphName] = ("tower",)) -> Check:
+    """Run the ``graphs`` in ``directory`` on the reference's picture, and the projector on the reference's features.
+
+    The last of the graphs says what the reference says of attention and keys.
+    """
+    wanted, errors, cosines = reference.output, [], []
+    for graph in graphs:
+        tower = Tower(directory, provider="cpu", threads=threads, graph=graph)
+        output = tower.encode(reference.pixels, reference.merges)
+        errors += [_relative(output.features, wanted.features), _relative(output.deepstack, wanted.deepstack)]
+        cosines.append(_cosines(_levels(output), _levels(wanted)))
     merges = zip(output.owners, wanted.owners, strict=True)
-    errors = [_relative(output.features, wanted.features), _relative(output.deepstack, wanted.deepstack)]
     return Check(
         features=float(np.max(errors)),  # which says so where one of them is no number
         attention=_relative(_attention(output), reference.attention),
         keys=_relative(output.keys, wanted.keys),
         embeddings=_relative(tower.project(wanted.rows(0)), reference.embeddings),
-        cosine=float(cosines.mean()),
-        worst_cosine=float(cosines.min()),
+        cosine=float(np.mean(cosines)),
+        worst_cosine=float(np.min(cosines)),
         misplaced=max((float(np.mean(found != owner)) for found, owner in merges), default=0.0),
     )
+
+
+def trial(spec: TowerSpec, kind: TowerKind) -> TowerVariant:
+    """How a tower of that ``kind`` is run to be checked: where it merges, from the first block on, to a third of the
+    tokens. Raises ``UsageError`` for a kind that it cannot be."""
+    spec.block(kind.block)
+    variant = TowerVariant(block=kind.block)
+    if not kind.merging:
+        return variant
+    height, width = (side // spec.unit for side in picture_size(spec))
+    merging = LUVC(first=0.0, sharing=kind.sharing, proportional=kind.proportional)
+    blocks = spec.blocks if kind.block is None else kind.block + 1
+    wanted = max(height * width // 3, 1)
+    return replace(merging.variant(wanted, (height, width), blocks, spec.merge, spec.window_patches), block=kind.block)
 
 
 def seeded_picture(height: int, width: int) -> Floats:
@@ -147,8 +177,10 @@ def _attention(output: TowerOutput) -> Floats | None:
 
 
 def _relative(found: Floats | None, wanted: Floats | None) -> float:
-    if found is None or wanted is None:
+    if found is None and wanted is None:
         return 0.0
+    if found is None or wanted is None:
+        return float("inf")
     return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), np.finfo(np.float32).tiny))
 
 

@@ -10,7 +10,7 @@ it is no faster and needs ONNX Runtime 1.23.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -34,9 +34,9 @@ _CACHE_LINE = 64
 class Graph:
     """One graph under construction; values are named by the strings its methods return.
 
-    ``path`` is where ``save`` puts the graph; weights go to ``path`` + ``.data``. With ``weights``, a graph of the same
-    file name, none is written: those of that graph are used, and a copy or link of its data file belongs beside
-    ``path``. With ``half`` weights are stored and rows computed in 16 bits. A context manager.
+    ``path`` is where ``save`` puts the graph; weights go to ``path`` + ``.data``. With ``weights``, another graph, none
+    is written: those of that graph are used, and its data file, or a copy or link, belongs beside ``path``. With
+    ``half`` weights are stored and rows computed in 16 bits. A context manager.
     """
 
     def __init__(self, path: Path, weights: Path | None = None, half: bool = False) -> None:
@@ -47,7 +47,9 @@ class Graph:
             model = onnx.load(weights, load_external_data=False)
             self._shared = {tensor.name: tensor for tensor in model.graph.initializer}
         self._nodes: list[onnx.NodeProto] = []
+        self._named = 0
         self._weights: list[onnx.TensorProto] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
@@ -60,9 +62,9 @@ class Graph:
         if self._data is not None:
             self._data.close()
 
-    def input(self, name: str, shape: tuple[int | str, ...]) -> str:
-        """Declare an input, float32; a string in ``shape`` names an axis of any length."""
-        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def input(self, name: str, shape: tuple[int | str, ...], kind: int = TensorProto.FLOAT) -> str:
+        """Declare an input, float32 or of another ``kind``; a string in ``shape`` names an axis of any length."""
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, value: str, name: str, shape: tuple[int | str, ...], kind: int = TensorProto.FLOAT) -> None:
@@ -85,9 +87,13 @@ class Graph:
 
     def node(self, kind: str, *inputs: str, into: str = "", domain: str = "", **attributes: Any) -> str:
         """Add one operation with one output."""
-        into = into or f"{kind}_{len(self._nodes)}"
+        into = into or self._name(kind)
         self._nodes.append(helper.make_node(kind, inputs, [into], name=into, domain=domain, **attributes))
         return into
+
+    def _name(self, kind: str) -> str:
+        self._named += 1
+        return f"{kind}_{self._named}"
 
     def weight(self, name: str, read: Callable[[], NDArray[Any]], exact: bool = False) -> str:
         """Add a weight, written to the data file unless that of another graph is used; ``exact``: never in 16 bits."""
@@ -120,10 +126,12 @@ class Graph:
         return tensor
 
     def constant(self, array: NDArray[Any]) -> str:
-        """Add a small constant, kept in the graph itself."""
-        name = f"constant_{len(self._weights)}"
-        self._weights.append(numpy_helper.from_array(array, name))
-        return name
+        """A small constant, kept in the graph itself; added when it is first asked for."""
+        what = array.dtype.str, array.shape, array.tobytes()
+        if what not in self._constants:
+            self._constants[what] = f"constant_{len(self._constants)}"
+            self._weights.append(numpy_helper.from_array(array, self._constants[what]))
+        return self._constants[what]
 
     def ints(self, *values: int) -> str:
         """A constant ``(n,) int64``: axes, indices, lengths to reshape by (0 keeps an axis, -1 takes what is left)."""
@@ -142,9 +150,37 @@ class Graph:
 
     def split(self, x: str, lengths: str, count: int, axis: int) -> list[str]:
         """``x`` in ``count`` parts along ``axis``."""
-        outputs = [f"Split_{len(self._nodes)}_{number}" for number in range(count)]
+        outputs = [self._name("Split") for _ in range(count)]
         self._nodes.append(helper.make_node("Split", [x, lengths], outputs, name=outputs[0], axis=axis))
         return outputs
+
+    def loop(
+        self, count: str, states: Sequence[tuple[str, int]], step: Callable[[str, list[str]], Sequence[str]]
+    ) -> list[str]:
+        """``states``, values and their kinds, after ``count () int64`` steps; their shapes may change on the way.
+
+        ``step`` writes one: from its number and the states to the new states.
+        """
+        outside, self._nodes = self._nodes, []
+        number, going = self._name("step"), self._name("going")
+        before = [self._name("state") for _ in states]
+        after = step(number, before)
+        still = self.node("Identity", going)
+        # What a step hands on under its old name must have a name of its own.
+        after = [self.node("Identity", value) for value in after]
+        kinds = [kind for _, kind in states]
+        declare = helper.make_tensor_value_info
+        inputs, outputs = (
+            [declare(name, kind, None) for name, kind in zip(values, kinds, strict=True)] for values in (before, after)
+        )
+        counted = [declare(number, TensorProto.INT64, ()), declare(going, TensorProto.BOOL, ())]
+        outputs.insert(0, declare(still, TensorProto.BOOL, ()))
+        body = helper.make_graph(self._nodes, self._name("body"), [*counted, *inputs], outputs)
+        self._nodes = outside
+        found = [self._name("Loop") for _ in after]
+        values = [count, "", *(value for value, _ in states)]
+        self._nodes.append(helper.make_node("Loop", values, found, name=found[0], body=body))
+        return found
 
     def linear(self, x: str, name: str, weight: Weight, bias: Weight | None, int8: bool = False) -> str:
         """``x @ weight.T + bias`` with ``weight (out, in)``; with ``int8`` the product of 8-bit integers."""

@@ -37,6 +37,17 @@ class Grid:
     merge: int
 
     @property
+    def positions(self) -> str:
+        """``(P, 2) float32``: row and column of each patch."""
+        graph = self.graph
+        lines = []
+        for length, shape in ((self.rows, (-1, 1, 1)), (self.columns, (1, -1, 1))):
+            numbers = graph.node("Range", graph.scalar(0), graph.node("Squeeze", length), graph.scalar(1))
+            numbers = graph.node("Reshape", graph.node("Cast", numbers, to=1), graph.ints(*shape))
+            lines.append(graph.node("Expand", numbers, graph.shape(self.rows, self.columns, 1)))
+        return graph.node("Reshape", graph.node("Concat", *lines, axis=2), graph.ints(-1, 2))
+
+    @property
     def places(self) -> str:
         """``(B, P) int64``: the raster number of each patch."""
         graph = self.graph
@@ -107,38 +118,31 @@ def embedded(graph: Graph, spec: TowerSpec, weights: Callable[[str], Weight], pi
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """``cosines``, ``sines (P, head / 2)``: of each patch's angles, as values of ``graph``."""
+    """``cosines``, ``sines (n, head / 2)``: of n places' angles, as values of ``graph``."""
 
     graph: Graph
     cosines: str
     sines: str
 
+    @classmethod
+    def of(cls, graph: Graph, spec: TowerSpec, positions: str) -> RotaryTables:
+        """Of places at ``positions (n, 2) float32``, row and column, which may be fractions."""
+        if spec.rotary is None:
+            raise ValueError(f"{spec.family} has no rotary positions")
+        quarter = spec.width // spec.heads // 4
+        by_row = spec.rotary.theta ** (-np.arange(quarter) / quarter)
+        by_column = by_row * (spec.rotary.theta ** (-0.5 / quarter) if spec.rotary.alternating else 1.0)
+        angles = [
+            graph.node("Mul", position, graph.constant(frequencies.astype(np.float32)))
+            for position, frequencies in zip(
+                graph.split(positions, graph.ints(1, 1), 2, axis=1), (by_row, by_column), strict=True
+            )
+        ]
+        table = graph.node("Concat", *angles, axis=1)
+        return cls(graph, *(graph.rows(graph.node(wave, table)) for wave in ("Cos", "Sin")))
+
     def turned(self, x: str, places: str, heads: int) -> str:
-        """Queries or keys ``x (B, S, D)`` of the patches numbered ``places (B, S) int64``."""
+        """Queries or keys ``x (B, S, D)`` of the places numbered ``places (B, S) int64``."""
         return self.graph.node(
             "RotaryEmbedding", x, places, self.cosines, self.sines, domain="com.microsoft", num_heads=heads
         )
-
-
-def rotary_tables(graph: Graph, spec: TowerSpec, grid: Grid) -> RotaryTables:
-    """The tables of a picture's patches in raster order; with windows longer by one window, which may be larger than
-    the picture."""
-    if spec.rotary is None:
-        raise ValueError(f"{spec.family} has no rotary positions")
-    quarter = spec.width // spec.heads // 4
-    by_row = spec.rotary.theta ** (-np.arange(quarter) / quarter)
-    by_column = by_row * (spec.rotary.theta ** (-0.5 / quarter) if spec.rotary.alternating else 1.0)
-
-    def angles(length: str, frequencies: Any, shape: tuple[int, ...], across: tuple[str | int, ...]) -> str:
-        numbers = graph.node("Range", graph.scalar(0), graph.node("Squeeze", length), graph.scalar(1))
-        numbers = graph.node("Reshape", graph.node("Cast", numbers, to=1), graph.ints(*shape))
-        turns = graph.node("Mul", numbers, graph.constant(frequencies.astype(np.float32)))
-        return graph.node("Expand", turns, graph.shape(*across))
-
-    rows = angles(grid.rows, by_row, (-1, 1, 1), (1, grid.columns, quarter))
-    columns = angles(grid.columns, by_column, (1, -1, 1), (grid.rows, 1, quarter))
-    table = graph.node("Reshape", graph.node("Concat", rows, columns, axis=2), graph.ints(-1, 2 * quarter))
-    if spec.window:
-        spare = np.zeros(((spec.window.side * spec.merge) ** 2, 2 * quarter), np.float32)
-        table = graph.node("Concat", table, graph.constant(spare), axis=0)
-    return RotaryTables(graph, *(graph.rows(graph.node(wave, table)) for wave in ("Cos", "Sin")))

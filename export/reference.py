@@ -21,7 +21,6 @@ from edge_tokcomp.variant import PLAIN, TowerVariant
 from .reference_merger import ReferenceMerger
 from .shapes import projector_shapes, tower_shapes
 from .source import Source
-from .vit import key_block
 
 Floats = NDArray[np.float32]
 Read = Callable[[str], Floats]
@@ -35,7 +34,7 @@ def reference_tower(
     found: tuple[Ints, ...] = (),
     slack: float = 0.0,
 ) -> TowerOutput:
-    """Everything the tower says of ``pixels (B, 3, H, W)``; ``found`` and ``slack``: see ``ReferenceMerger``."""
+    """What the tower says of ``pixels (B, 3, H, W)``; ``found`` and ``slack``: see ``ReferenceMerger``."""
     shapes = tower_shapes(spec)
 
     def weight(name: str) -> Floats:
@@ -56,10 +55,9 @@ def reference_tower(
     x = _embedded(spec, weight, pixels, grid)
     if spec.pre_norm:
         x = norm(x, "v.pre_ln")
-    near = None if spec.window is None else _same_window(grid, spec.window.side * spec.merge)
-    turns = None if spec.rotary is None else _turns(spec, grid)
-    merger = ReferenceMerger(variant, lead, found, slack)
+    merger = ReferenceMerger(variant, batch, grid, lead, spec.window_patches, found, slack)
     stacked: dict[int, Floats] = {}
+    cls_attention = looked_keys = patches = None
     for block in range(spec.blocks):
         name = f"v.blk.{block}"
         inner = norm(x, f"{name}.ln1")
@@ -68,17 +66,17 @@ def reference_tower(
             query = rms_norm(query, weight(f"{name}.attn_q_norm.weight"), spec.eps)
             key = rms_norm(key, weight(f"{name}.attn_k_norm.weight"), spec.eps)
         query, key, value = (y.reshape(*x.shape[:2], spec.heads, -1).transpose(0, 2, 1, 3) for y in (query, key, value))
-        if turns is not None and spec.rotary is not None:
+        if spec.rotary is not None:
+            turns = _turns(spec, merger.positions)
             query, key = (_turned(y, turns, spec.rotary.adjacent) for y in (query, key))
         windowed = spec.window is not None and block not in spec.window.whole
-        taken, first = _attention(query, key, value, merger.log_sizes, near if windowed else None)
+        taken, first = _attention(query, key, value, merger.log_sizes, merger.near if windowed else None)
         keys = key.mean(axis=1)
-        if block == key_block(spec):
-            cls_attention, last_keys = first if spec.class_token else None, keys
-            patches = None
+        if block == variant.block:
+            cls_attention, looked_keys = first if spec.class_token else None, keys
             if not spec.class_token:
                 rows = [y.transpose(0, 2, 1, 3).reshape(x.shape) for y in (query, key)]
-                patches = Patches(rows[0], rows[1], spec.heads, merger.grid(grid), spec.merge)
+                patches = Patches(rows[0], rows[1], spec.heads, merger.grid, spec.merge)
         more = linear(taken.transpose(0, 2, 1, 3).reshape(x.shape), f"{name}.attn_out")
         x = x + (more * weight(f"{name}.ls1.weight") if spec.layer_scale else more)
         inner = norm(x, f"{name}.ln2")
@@ -87,20 +85,22 @@ def reference_tower(
             wide = wide * linear(inner, f"{name}.ffn_up")
         more = linear(wide, f"{name}.ffn_down")
         x = x + (more * weight(f"{name}.ls2.weight") if spec.layer_scale else more)
-        stacked[block] = x
-        x = merger.after(block, x, keys, grid)
+        if any(stack.block == block for stack in spec.deepstack):
+            stacked[block] = merger.spread(x)
+        x = merger.after(block, x, keys)
     if spec.post_norm:
         x = norm(x, spec.last_norm)
-    grid = merger.grid(grid)
-    stacks = [_squares(stacked[stack.block], grid, spec.merge, spec.pool) for stack in spec.deepstack]
+    grid = merger.grid
+    stacks = [_squares(merger.means(stacked[stack.block]), grid, spec.merge, spec.pool) for stack in spec.deepstack]
     if spec.merge > 1:
         x = _squares(x[:, lead:], grid, spec.merge, spec.pool)
-        last_keys = _squares(last_keys[:, lead:], grid, spec.merge, True)
+        if looked_keys is not None:
+            looked_keys = _squares(looked_keys[:, lead:], grid, spec.merge, True)
         if cls_attention is not None:
             cells = _squares(cls_attention[:, :, lead:].reshape(-1, grid[0] * grid[1], 1), grid, spec.merge, False)
             cls_attention = cells.sum(axis=-1).reshape(batch, spec.heads, -1)
     deepstack = np.concatenate(stacks, axis=-1) if stacks else None
-    return TowerOutput(x, cls_attention, last_keys, merger.owners, deepstack, patches)
+    return TowerOutput(x, cls_attention, looked_keys, merger.owners, deepstack, patches)
 
 
 def _attention(
@@ -115,7 +115,7 @@ def _attention(
         scores = query[:, head] @ key[:, head].transpose(0, 2, 1) / np.float32(math.sqrt(query.shape[-1]))
         scores += log_sizes[:, None]
         if near is not None:
-            scores[:, ~near] = -np.inf
+            scores[~near] = -np.inf
         scores -= scores.max(-1, keepdims=True)
         weights = np.exp(scores, out=scores)
         weights /= weights.sum(-1, keepdims=True)
@@ -146,22 +146,16 @@ def _embedded(spec: TowerSpec, weight: Read, pixels: Floats, grid: tuple[int, in
     return np.asarray(x)
 
 
-def _same_window(grid: tuple[int, int], side: int) -> NDArray[np.bool_]:
-    """``(P, P)``: whether two patches lie in one window."""
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    window = row // side * grid[1] + column // side
-    return np.asarray(window[:, None] == window)
-
-
-def _turns(spec: TowerSpec, grid: tuple[int, int]) -> NDArray[np.complex128]:
-    """``(P, head / 2)``: what each pair of channels of each patch is multiplied by, as a complex number."""
+def _turns(spec: TowerSpec, positions: Floats) -> NDArray[np.complex128]:
+    """``(B, 1, P, head / 2)``: what each pair of channels of a place at ``positions (B, P, 2)`` is multiplied by, as a
+    complex number."""
     if spec.rotary is None:
         raise ValueError(f"{spec.family} has no rotary positions")
     size = spec.width // spec.heads
     frequencies = spec.rotary.theta ** (-np.arange(0, size, 2) / size)
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     of_column = frequencies[1::2] if spec.rotary.alternating else frequencies[::2]
-    return np.exp(1j * np.concatenate([np.outer(row, frequencies[::2]), np.outer(column, of_column)], axis=1))
+    row, column = np.moveaxis(positions[:, None, :, :, None].astype(np.float64), 3, 0)
+    return np.exp(1j * np.concatenate([row * frequencies[::2], column * of_column], axis=-1))
 
 
 def _turned(x: Floats, turns: NDArray[np.complex128], adjacent: bool) -> Floats:

@@ -15,17 +15,25 @@ Floats = NDArray[np.float32]
 
 
 class ReferenceMerger:
-    """Merges the patches of several pictures between the blocks of a tower; ``lead`` rows before them stay.
+    """Merges the patches of ``batch`` pictures of ``own`` patches between the blocks of a tower; ``lead`` rows before
+    them stay, and ``window`` is a window's side, None without.
 
     ``owners``: ``(B, N) int64`` after each merge so far. ``found``: the same of an export that ran on these pictures: a
     pair it merged counts as more alike by ``slack``, and one it did not as less, so that it is followed where noise
     below ``slack`` can have decided, and nowhere else.
     """
 
-    def __init__(self, variant: TowerVariant, lead: int, found: tuple[Ints, ...], slack: float) -> None:
+    def __init__(
+        self, variant: TowerVariant, batch: int, own: tuple[int, int], lead: int, window: int | None,
+        found: tuple[Ints, ...], slack: float,
+    ) -> None:  # fmt: skip
         self.owners: tuple[Ints, ...] = ()
-        self._variant, self._lead, self._found, self._slack = variant, lead, found, slack
+        self.grid = own
+        """Rows and columns by now."""
+        self._variant, self._own, self._lead, self._window = variant, own, lead, window
+        self._found, self._slack = found, slack
         self._grids: list[MergedGrid] = []
+        self._owner: Ints = np.tile(np.arange(own[0] * own[1]), (batch, 1))
 
     @property
     def log_sizes(self) -> Floats:
@@ -35,25 +43,52 @@ class ReferenceMerger:
         logs = np.log([grid.size.ravel() for grid in self._grids])
         return np.pad(logs, ((0, 0), (self._lead, 0))).astype(np.float32)
 
-    def grid(self, own: tuple[int, int]) -> tuple[int, int]:
-        """The patches by now of pictures that had ``own``."""
-        return self._grids[0].size.shape if self._grids else own
+    @property
+    def positions(self) -> Floats:
+        """``(B, cells, 2)``: mean row and column of the patches that each cell stands for."""
+        places = np.stack(np.divmod(np.arange(self._own[0] * self._own[1]), self._own[1]), axis=1)
+        return self.means(np.tile(places, (len(self._owner), 1, 1)).astype(np.float32))
 
-    def after(self, block: int, x: Floats, keys: Floats, grid: tuple[int, int]) -> Floats:
-        """``x (B, rows, D)`` after the merges that follow ``block``; ``grid``: of the picture."""
+    @property
+    def near(self) -> NDArray[np.bool_]:
+        """``(B, cells, cells)``: whether two cells stand for patches of one window."""
+        if self._window is None:
+            raise ValueError("attention is not windowed")
+        row, column = np.divmod(np.arange(self._own[0] * self._own[1]), self._own[1])
+        window = row // self._window * self._own[1] + column // self._window
+        cells = np.full((len(self._owner), self.grid[0] * self.grid[1]), -1)
+        np.put_along_axis(cells, self._owner, np.broadcast_to(window, self._owner.shape), axis=1)
+        return np.asarray(cells[:, :, None] == cells[:, None])
+
+    def spread(self, rows: Floats) -> Floats:
+        """``rows (B, cells, D)`` of the cells by now to the patches they stand for, ``(B, N, D)``."""
+        return np.take_along_axis(rows, self._owner[..., None], axis=1)
+
+    def means(self, patches: Floats) -> Floats:
+        """``patches (B, N, D)`` averaged over what each cell stands for by now, ``(B, cells, D)``."""
+        summed = np.zeros((len(patches), self.grid[0] * self.grid[1], patches.shape[2]))
+        for picture, owner in enumerate(self._owner):
+            np.add.at(summed[picture], owner, patches[picture])
+        sizes = np.stack([np.bincount(owner, minlength=summed.shape[1]) for owner in self._owner])
+        return (summed / sizes[..., None]).astype(np.float32)
+
+    def after(self, block: int, x: Floats, keys: Floats) -> Floats:
+        """``x (B, rows, D)`` after the merges that follow ``block``, by ``keys (B, rows, Dk)``."""
         merges = [merge for merge in self._variant.merges if merge.block == block]
         if not merges:
             return x
-        shape = self._grids[0].size.shape if self._grids else grid
-        cells, cell_keys = (rows[:, self._lead :].reshape(len(x), *shape, -1) for rows in (x, keys))
-        now = [MergedGrid.of(*pair) for pair in zip(cells, cell_keys, strict=True)]
+        cells, cell_keys = (rows[:, self._lead :].reshape(len(x), *self.grid, -1) for rows in (x, keys))
+        now = [MergedGrid.of(*pair, self._window) for pair in zip(cells, cell_keys, strict=True)]
         if self._grids:
-            pairs = zip(now, self._grids, strict=True)
-            now = [replace(new, size=old.size, owner=old.owner) for new, old in pairs]
+            now = [
+                replace(new, size=old.size, owner=old.owner, down=old.down, across=old.across)
+                for new, old in zip(now, self._grids, strict=True)
+            ]
         for merge in merges:
             now = [self._merged(each, merge, number) for number, each in enumerate(now)]
-            self.owners = (*self.owners, np.stack([each.owner for each in now]))
-        self._grids = now
+            self._owner = np.stack([each.owner for each in now])
+            self.owners = (*self.owners, self._owner)
+        self._grids, self.grid = now, now[0].size.shape
         patches = np.stack([each.features.reshape(-1, x.shape[2]) for each in now])
         return np.concatenate([x[:, : self._lead], patches], axis=1)
 

@@ -2,12 +2,15 @@
 
 Sources are an mmproj GGUF and the folder of a Hugging Face checkpoint.
 
-A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``), ``separator.npy`` where the model has
-one, and ``tower.json``: the ``TowerSpec``, what was exported from what, the check's figures, and size and checksum of
-every file. It is built aside and renamed into place, so that it is whole or not there; of two builders at once the
-first one's is kept. What a killed builder leaves behind is removed by the next one.
+A directory holds ``tower.onnx``, ``projector.onnx``, their weights (``.data``), ``attention.onnx`` (the tower again,
+over the same weights, with attention and keys of the block that methods look at by default), ``separator.npy`` where
+the model has one, and ``tower.json``: the ``TowerSpec``, what was exported from what, the check's figures, and size and
+checksum of every file. It is built aside and renamed into place, so that it is whole or not there; of two builders at
+once the first one's is kept. What a killed builder leaves behind is removed by the next one.
 
-A tower that merges patches has a directory of its own, with the plain tower's weights linked into it.
+A tower of another kind, one that merges patches or tells of another block's attention, has a directory of its own, with
+the plain tower's weights linked into it, and no ``attention.onnx``. What it merges is told when it runs: a session for
+each size of pictures would not do, since opening one takes seconds (a ViT-L with 24 blocks, one thread: 2.5 to 3.8 s).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,24 +34,25 @@ from threadpoolctl import threadpool_limits
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families import Family, family_for, family_named
 from edge_tokcomp.families.tower_spec import TowerSpec
-from edge_tokcomp.tower import Precision
-from edge_tokcomp.variant import PLAIN, TowerVariant
+from edge_tokcomp.tower import GraphName, Precision
+from edge_tokcomp.variant import PLAIN, TowerKind
 
 from .building import discard, folder_aside, put, refuse_taken
-from .check import EXACT, Check, Reference, check_tower
+from .check import EXACT, Check, Reference, check_tower, trial
 from .hf_checkpoint import Checkpoint
 from .mmproj import Mmproj
 from .shapes import language_width, projector_shapes, tower_shapes
 from .source import Source
-from .vit import key_block, write_projector, write_tower
+from .vit import write_projector, write_tower
 
-EXPORTER = 4
+EXPORTER = 5
 """Raise it whenever the graphs or the description (``TowerSpec``) written for the same file change, so also where a
 family's recipe does: cached towers are then built anew."""
 
 _MOST_BYTES = 1 << 20
 """Of a description; it has a few thousand."""
 
+_GRAPHS: tuple[GraphName, ...] = ("tower", "attention")
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
 # Rungs of int8, fastest first: what stays in float32. A sharp attention suffers in the queries and keys, outliers in
 # ffn_down's input. The projector always stays: its input is not normalised, and only kept rows pass through it.
@@ -65,7 +69,8 @@ _log = logging.getLogger(__name__)
 class TowerFiles:
     """An exported tower: where it is, its description, how far it is from the source.
 
-    ``left_in_fp32``: linears that int8 leaves alone. ``variant``: what it was asked to do otherwise.
+    ``left_in_fp32``: linears that int8 leaves alone. ``kind``: what was asked for; ``graph``: which of the directory's
+    it is.
     """
 
     directory: Path
@@ -73,7 +78,8 @@ class TowerFiles:
     precision: Precision
     check: Check
     left_in_fp32: tuple[str, ...]
-    variant: TowerVariant
+    kind: TowerKind
+    graph: GraphName = "tower"
 
 
 def export_tower(
@@ -97,25 +103,25 @@ def cached_tower(
     precision: Precision | None = None,
     cache: str | os.PathLike[str] | None = None,
     *,
-    variant: TowerVariant = PLAIN,
+    kind: TowerKind = PLAIN.kind,
     threads: int | None = None,
 ) -> TowerFiles:
     """The tower of ``mmproj`` from the cache, built there when it is missing or damaged; raises ``TokcompError``.
 
     ``precision``: fp32 by default. ``mmproj`` may be an exported directory, which is taken as it is: with no other
-    precision than its own, and without merges.
-    The key is the SHA-256 of the file, the exporter's version, the precision and the merges of ``variant``; ``grid``
-    alone needs no tower of its own. ``UsageError`` for merges that the tower cannot do. ``cache`` defaults to
-    ``$EDGE_TOKCOMP_CACHE``, else to the platform's cache folder. ``threads``: of BLAS while a tower is built and
-    checked; as many as it has by default.
+    precision than its own, without merges, and with the attention of no other block than methods usually look at.
+    The key is the SHA-256 of the file, the exporter's version, the precision and the ``kind``; the usual block needs no
+    tower of its own. ``UsageError`` for a kind that the tower cannot be. ``cache`` defaults to ``$EDGE_TOKCOMP_CACHE``,
+    else to the platform's cache folder. ``threads``: of BLAS while a tower is built and checked; as many as it has by
+    default.
     """
     if os.path.isdir(mmproj):
-        return _exported(Path(os.path.abspath(mmproj)), precision, variant)
+        return _exported(Path(os.path.abspath(mmproj)), precision, kind)
     home = Path(cache) if cache is not None else cache_directory()
     order = _Order(Path(mmproj), precision or "fp32", _sha256(Path(mmproj)), threads)
-    if not variant.merges:
-        return replace(_cached(order, home), variant=variant)
-    return _cached(replace(order, variant=variant), home)
+    if kind.merging:
+        return _cached(replace(order, kind=kind), home)
+    return _with_attention(_cached(order, home), kind) or _cached(replace(order, kind=kind), home)
 
 
 def written_rows(mmproj: Path) -> tuple[int, Family]:
@@ -137,37 +143,37 @@ class _Order:
     precision: Precision
     digest: str | None = None
     threads: int | None = None
-    variant: TowerVariant = PLAIN
+    kind: TowerKind = PLAIN.kind
 
     @property
     def folder(self) -> str:
         """Its name in the cache."""
-        merging = f"-{hashlib.sha256(str(self.variant).encode()).hexdigest()[:16]}" if self.variant.merges else ""
+        other = f"-{self.kind}" if self.kind != PLAIN.kind else ""
         if self.digest is None:
             raise ValueError("the folder in the cache is named by the file's digest")
-        return f"{self.digest[:32]}-v{EXPORTER}-{self.precision}{merging}"
+        return f"{self.digest[:32]}-v{EXPORTER}-{self.precision}{other}"
 
 
 def _cached(order: _Order, home: Path) -> TowerFiles:
     target = home / order.folder
     if os.path.exists(target):
         try:
-            return _read(target, order.variant)
+            return _read(target, order.kind)
         except TokcompError as fault:
             _log.warning("%s; building the tower again", fault)
     plain = None
-    if order.variant.merges:
-        _opened(order)  # Merges that cannot be are refused before the plain tower is built.
-        plain = _cached(replace(order, variant=PLAIN), home)
-    _log.info("building the %s vision tower (%s) of %s in %s", order.precision, order.variant, order.source, target)
+    if order.kind != PLAIN.kind:
+        _opened(order)  # What cannot be is refused before the plain tower is built.
+        plain = _cached(replace(order, kind=PLAIN.kind), home)
+    _log.info("building the %s vision tower (%s) of %s in %s", order.precision, order.kind, order.source, target)
     with _built(order, home, plain) as partial:
         try:
-            _move_into_place(partial, target, order.variant)
+            _move_into_place(partial, target, order.kind)
         except OSError as fault:
             raise TokcompError(
                 f"{target}: cannot be written ({fault.strerror}); remove it or set EDGE_TOKCOMP_CACHE"
             ) from fault
-    return _read(target, order.variant)
+    return _read(target, order.kind)
 
 
 def cache_directory() -> Path:
@@ -191,7 +197,9 @@ def _opened(order: _Order) -> tuple[Source, TowerSpec]:
         advice = str(fault).replace(Mmproj.again, source.again)  # Families know of mmproj files only.
         raise type(fault)(f"{order.source}: {advice}") from fault
     source.require(tower_shapes(spec) | projector_shapes(spec, source))
-    _final_grid(spec, order.variant, order.precision)
+    trial(spec, order.kind)  # refuses what the tower cannot be
+    if order.kind.merging and order.precision == "fp16":
+        raise UsageError("patches cannot be merged inside a tower of fp16; use precision fp32 or int8")
     return source, spec
 
 
@@ -199,7 +207,7 @@ def _opened(order: _Order) -> tuple[Source, TowerSpec]:
 def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iterator[Path]:
     """The whole tower in a folder in ``beside``, to be renamed away; raises ``TokcompError``.
 
-    ``plain``: the tower without merges, where ``order`` has some.
+    ``plain``: the plain tower, where another is ordered.
     """
     source, spec = _opened(order)
     digest = order.digest or _sha256(*source.files)
@@ -209,14 +217,14 @@ def _built(order: _Order, beside: Path, plain: TowerFiles | None = None) -> Iter
                 if plain is None:
                     check, left_alone = _write_graphs(spec, source, partial, order)
                 else:
-                    check, left_alone = _write_variant(plain, source, partial, order), plain.left_in_fp32
-            _log.info("%s tower (%s) of %s: %s", order.precision, order.variant, order.source, check)
+                    check, left_alone = _write_kind(plain, source, partial, order), plain.left_in_fp32
+            _log.info("%s tower (%s) of %s: %s", order.precision, order.kind, order.source, check)
             files = {
                 path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(partial.iterdir())
             }
             body = {
                 "exporter": EXPORTER, "source": order.source.absolute().name, "source_sha256": digest,
-                "precision": order.precision, "left_in_fp32": left_alone, "variant": str(order.variant),
+                "precision": order.precision, "left_in_fp32": left_alone, "kind": str(order.kind),
                 "spec": spec.to_dict(), "check": check.to_dict(), "files": files,
             }  # fmt: skip
             text = json.dumps(body | {"crc32": _crc32_of(body)}, indent=1, sort_keys=True)
@@ -235,61 +243,52 @@ def _write_graphs(spec: TowerSpec, source: Source, into: Path, order: _Order) ->
     write_projector(spec, source, into / "projector.onnx", half)
     if spec.separator:
         np.save(into / "separator.npy", source.tensor(spec.separator, (language_width(spec, source),)))
-    if precision == "fp32":
-        write_tower(spec, source, into / "tower.onnx")
-        check = check_tower(into, reference, threads)
-        if not check.exact:
-            raise TokcompError(f"{source.path}: its export differs from the source ({check}); please report this file")
-        return check, ()
-    if precision == "fp16":
-        write_tower(spec, source, into / "tower.onnx", half=True)
-        check = check_tower(into, reference, threads)
-        if not check.close:
-            raise TokcompError(f"{source.path}: fp16 loses too much of this tower ({check}); use precision fp32")
-        return check, ()
+
+    def written(int8: Sequence[str] = ()) -> Check:
+        plain, looking = (into / f"{graph}.onnx" for graph in _GRAPHS)
+        write_tower(spec, source, plain, int8, half=half)
+        write_tower(spec, source, looking, int8, TowerKind(block=spec.block(None)), plain, half)
+        return check_tower(into, reference, threads, _GRAPHS)
+
+    if precision != "int8":
+        return _held(written(), source, order), ()
     for left_alone in _LEFT_ALONE:
-        write_tower(spec, source, into / "tower.onnx", int8=[name for name in _LINEARS if name not in left_alone])
-        check = check_tower(into, reference, threads)
+        check = written([name for name in _LINEARS if name not in left_alone])
         if check.close:
             return check, left_alone
         _log.info("int8 with %s in fp32: %s, not enough", ", ".join(left_alone) or "nothing", check)
-    raise TokcompError(f"{source.path}: int8 loses too much of this tower ({check}); use precision fp32")
+    return _held(check, source, order), left_alone
 
 
-def _write_variant(plain: TowerFiles, source: Source, into: Path, order: _Order) -> Check:
-    """The tower of ``plain`` with the merges that are ordered, over the same weights."""
-    spec, variant, threads = plain.spec, order.variant, order.threads or 1
-    for name in _names(spec)[1:]:  # ``tower.onnx`` is its own.
+def _write_kind(plain: TowerFiles, source: Source, into: Path, order: _Order) -> Check:
+    """The tower of ``plain`` as it is ordered otherwise, over the same weights."""
+    spec, kind, threads = plain.spec, order.kind, order.threads or 1
+    for name in _names(spec, kind)[1:]:  # ``tower.onnx`` is its own.
         try:
             os.link(plain.directory / name, into / name)
         except OSError:  # Some disks have no links.
             shutil.copyfile(plain.directory / name, into / name)
     int8 = [name for name in _LINEARS if name not in plain.left_in_fp32] if plain.precision == "int8" else []
-    write_tower(spec, source, into / "tower.onnx", int8, variant, plain.directory / "tower.onnx")
-    check = check_tower(
-        into, Reference.of_variant(spec, source, variant, into, _SLACK[plain.precision], threads), threads
-    )
-    if plain.precision == "fp32" and not check.exact:
+    half = plain.precision == "fp16"
+    write_tower(spec, source, into / "tower.onnx", int8, kind, plain.directory / "tower.onnx", half)
+    reference = Reference.of_kind(spec, source, kind, into, _SLACK[plain.precision], threads)
+    return _held(check_tower(into, reference, threads), source, order)
+
+
+def _held(check: Check, source: Source, order: _Order) -> Check:
+    """``check`` of what ``order`` asks for; raises ``TokcompError`` for one beyond tolerance."""
+    if order.precision == "fp32" and not check.exact:
         raise TokcompError(
-            f"{source.path}: its export ({variant}) differs from the source ({check}); please report this file"
+            f"{source.path}: its export ({order.kind}) differs from the source ({check}); please report this file"
         )
-    if plain.precision == "int8" and not check.close:
-        raise TokcompError(f"{source.path}: int8 loses too much of this tower ({variant}; {check}); use precision fp32")
+    if order.precision != "fp32" and not check.close:
+        raise TokcompError(
+            f"{source.path}: {order.precision} loses too much of this tower ({order.kind}; {check}); use precision fp32"
+        )
     return check
 
 
-def _final_grid(spec: TowerSpec, variant: TowerVariant, precision: Precision) -> tuple[int, int]:
-    if variant.merges and precision == "fp16":
-        raise UsageError("patches cannot be merged inside a tower of fp16; use precision fp32 or int8")
-    if variant.merges and (spec.dynamic or spec.rotary or spec.window or spec.deepstack):
-        raise UsageError(
-            f"{spec.family}: patches cannot be merged inside this tower; choose a method that acts after it"
-        )
-    # What the tower returns besides the features is of one block, which no merge may come after.
-    return variant.final_grid(spec.grid, key_block(spec) + 1, spec.merge)
-
-
-def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None:
+def _move_into_place(partial: Path, target: Path, kind: TowerKind) -> None:
     """Rename, unless another builder was first; what is damaged is taken away before."""
     while True:
         try:
@@ -299,13 +298,13 @@ def _move_into_place(partial: Path, target: Path, variant: TowerVariant) -> None
             if not target.exists():
                 raise
         try:
-            _read(target, variant)
+            _read(target, kind)
             return
         except TokcompError:
             discard(target)
 
 
-def _exported(directory: Path, precision: Precision | None, variant: TowerVariant) -> TowerFiles:
+def _exported(directory: Path, precision: Precision | None, kind: TowerKind) -> TowerFiles:
     """The tower in a directory that a user names; raises ``TokcompError`` unless it is what is asked for."""
     if not (directory / "tower.json").exists() and (directory / "config.json").exists():
         raise UsageError(
@@ -317,49 +316,64 @@ def _exported(directory: Path, precision: Precision | None, variant: TowerVarian
             f"{directory}: a tower of precision {files.precision}, not {precision}; ask for precision "
             f"{files.precision}, or export another"
         )
-    if variant.merges:
+    if kind.merging:
         raise UsageError(
-            f"{directory}: patches cannot be merged inside a tower that is built ({variant}); name the mmproj file, or "
-            "choose a method that acts after the tower"
+            f"{directory}: patches cannot be merged inside a tower that is built; name the mmproj file, or choose a "
+            "method that acts after the tower"
         )
-    return replace(files, variant=variant)
+    found = _with_attention(files, kind)
+    if found is None:
+        files.spec.block(kind.block)
+        raise UsageError(
+            f"{directory}: tells of the attention of block {files.spec.block(None)} only, not of block {kind.block}; "
+            "name the mmproj file, or leave block out"
+        )
+    return found
 
 
-def _read(directory: Path, variant: TowerVariant = PLAIN) -> TowerFiles:
+def _with_attention(plain: TowerFiles, kind: TowerKind) -> TowerFiles | None:
+    """Of the plain tower the graph of that ``kind``, which merges nothing, if it is one of its two."""
+    if kind.block not in (None, plain.spec.block(None)):
+        return None
+    return replace(plain, kind=kind, graph="tower" if kind.block is None else "attention")
+
+
+def _read(directory: Path, kind: TowerKind = PLAIN.kind) -> TowerFiles:
     """The description of a directory whose files all are as they were written; raises ``TokcompError``."""
     try:
-        return _described(directory, variant)
+        return _described(directory, kind)
     except TokcompError as fault:
         raise TokcompError(f"{directory}: {fault}") from fault
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise TokcompError(f"{directory}: not an exported tower ({fault})") from fault
 
 
-def _described(directory: Path, variant: TowerVariant) -> TowerFiles:
+def _described(directory: Path, kind: TowerKind) -> TowerFiles:
     if (directory / "tower.json").stat().st_size > _MOST_BYTES:
         raise TokcompError("tower.json is damaged")
     body = json.loads((directory / "tower.json").read_text(encoding="utf-8"))
     if body["exporter"] != EXPORTER:
         raise TokcompError("written by another version of edge-tokcomp; export the tower again")
-    if body.pop("crc32") != _crc32_of(body) or body["variant"] != str(variant):
+    if body.pop("crc32") != _crc32_of(body) or body["kind"] != str(kind):
         raise TokcompError("tower.json is damaged")
     spec, precision = TowerSpec.from_dict(body["spec"]), body["precision"]
     family_named(spec.family)
     if precision not in get_args(Precision):
         raise TokcompError(f"precision {precision!r:.40} is none of {', '.join(get_args(Precision))}")
-    if set(body["files"]) != set(_names(spec)):
-        raise TokcompError(f"tower.json lists other files than {', '.join(_names(spec))}; export the tower again")
-    for name in _names(spec):
+    names = _names(spec, kind)
+    if set(body["files"]) != set(names):
+        raise TokcompError(f"tower.json lists other files than {', '.join(names)}; export the tower again")
+    for name in names:
         path, wanted = directory / name, body["files"][name]
         if path.stat().st_size != wanted["bytes"] or _crc32(path) != wanted["crc32"]:
             raise TokcompError(f"{name} is damaged")
-    return TowerFiles(directory, spec, precision, Check(**body["check"]), tuple(body["left_in_fp32"]), variant)
+    return TowerFiles(directory, spec, precision, Check(**body["check"]), tuple(body["left_in_fp32"]), kind)
 
 
-def _names(spec: TowerSpec) -> tuple[str, ...]:
+def _names(spec: TowerSpec, kind: TowerKind) -> tuple[str, ...]:
     """The files of a tower besides its description."""
-    graphs = ("tower.onnx", "tower.onnx.data", "projector.onnx", "projector.onnx.data")
-    return (*graphs, *["separator.npy"] * bool(spec.separator))
+    files = ("tower.onnx", "tower.onnx.data", "projector.onnx", "projector.onnx.data")
+    return (*files, *["attention.onnx"] * (kind == PLAIN.kind), *["separator.npy"] * bool(spec.separator))
 
 
 def _sha256(*paths: Path) -> str:

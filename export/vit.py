@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ import numpy as np
 from onnx import TensorProto
 
 from edge_tokcomp.families.tower_spec import Step, TowerSpec
-from edge_tokcomp.variant import PLAIN, TowerVariant
+from edge_tokcomp.variant import PLAIN, TowerKind
 
 from .attention import Attention, Sizes
 from .graph import Floats, Graph, Weight
-from .oim import Merger
-from .patches import Grid, embedded, rotary_tables
+from .lines import Pieces
+from .oim import Merger, Pairs
+from .patches import Grid, RotaryTables, embedded
 from .shapes import Shapes, language_width, projector_shapes, tower_shapes
 from .source import Source
 from .windows import Windows
@@ -29,16 +30,9 @@ _LARGE = 1024
 """Patches."""
 
 
-def key_block(spec: TowerSpec) -> int:
-    """The block whose keys, and CLS attention where there is a CLS, the tower returns."""
-    return spec.blocks - 1 if spec.attention_block is None else spec.attention_block
-
-
-def picture_size(spec: TowerSpec, variant: TowerVariant) -> tuple[int, int]:
-    """Height and width in pixels of the pictures a variant of the tower is meant for."""
-    if variant.grid is not None:
-        return variant.grid[0] * spec.unit, variant.grid[1] * spec.unit
-    if not spec.dynamic and (variant.merges or math.prod(spec.table_grid) <= _LARGE):
+def picture_size(spec: TowerSpec) -> tuple[int, int]:
+    """Height and width in pixels of the picture that the tower is tried on."""
+    if not spec.dynamic and math.prod(spec.table_grid) <= _LARGE:
         return spec.image_size, spec.image_size
     return _TRIAL[0] // spec.merge * spec.unit, _TRIAL[1] // spec.merge * spec.unit
 
@@ -48,31 +42,33 @@ def write_tower(
     source: Source,
     path: Path,
     int8: Collection[str] = (),
-    variant: TowerVariant = PLAIN,
+    kind: TowerKind = PLAIN.kind,
     weights: Path | None = None,
     half: bool = False,
 ) -> None:
-    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, token_width)``, ``keys (B, P, D)``, with
-    a CLS ``cls_attention (B, heads, rows)``, without ``queries (B, P, D)``, and with deepstack ``deepstack (B, rows,
-    levels * token_width)``, all float32.
+    """Write the graph ``pixels (B, 3, H, W) float32`` -> ``features (B, rows, token_width)``, with deepstack
+    ``deepstack (B, rows, levels * token_width)``, and of the block of ``kind``, if it names one, ``keys (B, P, D)``,
+    with a CLS ``cls_attention (B, heads, rows)``, without ``queries (B, P, D)``, all float32.
 
     ``features`` are the output of block ``spec.blocks - 1``, normalised where the spec says so, a row a token, a CLS
-    row first where patches are tokens; ``cls_attention`` holds the softmax weights of the CLS query in block
-    ``key_block``, summed over the patches of a token; ``keys`` and ``queries`` those of all heads of that block, a row
-    a patch, a CLS row first where patches are tokens.
+    row first where patches are tokens; ``cls_attention`` holds the softmax weights of the CLS query, summed over the
+    patches of a token; ``keys`` and ``queries`` are those of all heads, a row a patch, a CLS row first where patches
+    are tokens. (A graph of its own for methods that look at them: ONNX Runtime computes all outputs of a graph,
+    whichever it returns.)
     H and W are any multiples of ``spec.unit``; the positions are stretched to them as transformers does.
 
-    With the merges of ``variant``, which its ``final_grid`` has accepted, H and W are fixed, and ``owner_0``,
-    ``owner_1``, ... ``(B, N) int64`` say after each merge which cell every patch of the picture is in. ``weights``: the
-    path of the plain tower's graph, whose data file then serves this one. ``int8``: the blocks' linears that multiply
-    8-bit integers; ``half``: all is computed in 16 bits.
+    A ``kind`` that merges takes ``Pairs`` too, and ``owners (merges, B, N) int64`` say after each merge which cell each
+    patch of the picture is in. What was taken for deepstack before a merge is averaged in it as the rows are, so that
+    each row has all its levels.
+
+    ``weights``: the path of the plain tower's graph, whose data file, beside ``path`` too, then serves this one.
+    ``int8``: the blocks' linears that multiply 8-bit integers; ``half``: all is computed in 16 bits.
     """
     with Graph(path, weights, half) as graph:
-        size = picture_size(spec, variant) if variant.merges else ("height", "width")
-        pixels = graph.input("pixels", ("batch", 3, *size))
-        left = _Tower(graph, spec, _Weights(source, tower_shapes(spec)), int8, variant).write(pixels)
-        facts = {name: str(getattr(spec, name)) for name in ("image_size", "patch_size", "heads", "unit")}
-        graph.save(facts | ({"merged": f"{left[0]} {left[1]}"} if variant.merges else {}))
+        pixels = graph.input("pixels", ("batch", 3, "height", "width"))
+        _Tower(graph, spec, _Weights(source, tower_shapes(spec)), int8, kind).write(pixels)
+        facts = ("image_size", "patch_size", "heads", "unit", "class_token")
+        graph.save({name: str(getattr(spec, name)) for name in facts} | {"window": str(spec.window_patches or 0)})
 
 
 def write_projector(spec: TowerSpec, source: Source, path: Path, half: bool = False) -> None:
@@ -120,103 +116,130 @@ class _Weights:
         return self(f"{name}.bias") if there and f"{name}.bias" in self.shapes else None
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """The rows of the tower by now: their ``grid``; ``rotary`` tables and each row's ``places (B, S)`` in them;
+    ``windows``; ``sizes (B, S)`` that count in attention. Empty where there is none."""
+
+    grid: Grid
+    rotary: RotaryTables | None
+    places: str
+    windows: Windows | None
+    sizes: str
+
+
 class _Tower:
     """The blocks of one tower, under construction."""
 
     def __init__(
-        self, graph: Graph, spec: TowerSpec, weights: _Weights, int8: Collection[str], variant: TowerVariant
+        self, graph: Graph, spec: TowerSpec, weights: _Weights, int8: Collection[str], kind: TowerKind
     ) -> None:
-        self.graph, self.spec, self.weights, self.int8, self.variant = graph, spec, weights, int8, variant
+        self.graph, self.spec, self.weights, self.int8, self.kind = graph, spec, weights, int8, kind
 
-    def write(self, pixels: str) -> tuple[int, int]:
-        """Write the graph from its pixels on; the grid of patches that merges leave."""
-        graph, spec, variant = self.graph, self.spec, self.variant
+    def write(self, pixels: str) -> None:
+        """Write the graph from its pixels on."""
+        graph, spec, kind = self.graph, self.spec, self.kind
         x, grid = embedded(graph, spec, self.weights, pixels)
         if spec.pre_norm:
             x = self.norm(x, "v.pre_ln")
-        rows, columns = variant.grid or spec.grid
-        patches = (rows * spec.merge, columns * spec.merge)
-        merger = Merger(graph, patches, int(spec.class_token), variant.sharing)
-        rotary = rotary_tables(graph, spec, grid) if spec.rotary else None
-        windows = Windows(graph, grid, spec.window.side * spec.merge, spec.width) if spec.window else None
-        whole = spec.window.whole if spec.window else range(spec.blocks)
-        owners: list[str] = []
+        merger = None
+        if kind.merging:
+            pairs = Pairs.of(graph, spec.blocks)
+            merger = Merger(graph, grid, int(spec.class_token), kind.sharing, spec.window_patches, pairs)
+        stage = self.stage(grid, merger)
         stacked: list[str] = []
-        sizes: Sizes | None = None
         split = False  # whether rows are in windows rather than in raster order
         for block in range(spec.blocks):
-            if windows and split != (block not in whole):
-                split = not split
-                x = windows.split(x) if split else windows.join(x)
+            if split != (stage.windows is not None and block not in spec.whole_blocks):
+                split, x = not split, self.arranged(x, stage, split)
+            windows = stage.windows if split else None
             name = f"v.blk.{block}"
             inner = self.norm(x, f"{name}.ln1")
             query, key, value = (self.linear(inner, f"{name}.attn_{part}") for part in ("q", "k", "v"))
             if spec.qk_norm:
                 query = self.norm(query, f"{name}.attn_q_norm", kind="rms")
                 key = self.norm(key, f"{name}.attn_k_norm", kind="rms")
-            if rotary:
-                places = windows.places if windows and split else grid.places
-                query, key = (rotary.turned(y, places, spec.heads) for y in (query, key))
-            mask = windows.mask if windows and split else None
+            if stage.rotary:
+                places = windows.split(stage.places) if windows else stage.places
+                query, key = (stage.rotary.turned(y, places, spec.heads) for y in (query, key))
+            sizes = None
+            if stage.sizes:
+                sizes = Sizes.of(graph, windows.split(stage.sizes) if windows else stage.sizes, spec.heads, spec.width)
+            mask = windows.mask if windows else None
             attention = Attention(graph, query, key, value, spec.heads, spec.width, sizes, mask)
-            if block == key_block(spec):
-                self.describe(attention, self.left(grid, merger), merger, windows.join if windows and split else None)
+            if block == kind.block:
+                self.describe(attention, stage.grid, windows)
             x = self.added(x, self.linear(attention.attend(), f"{name}.attn_out"), f"{name}.ls1")
             x = self.added(x, self.feed_forward(self.norm(x, f"{name}.ln2"), name), f"{name}.ls2")
-            if any(stack.block == block for stack in spec.deepstack):
-                stacked.append(grid.tokens(windows.join(x) if windows and split else x, spec.width, pool=spec.pool))
-            if merges := [merge for merge in variant.merges if merge.block == block]:
-                x, after_each = merger.merge(x, attention.mean_key(), merges)
-                owners += after_each
-                if variant.proportional:
-                    sizes = Sizes.of(graph, merger.sizes, spec.heads, spec.width)
-        if windows and split:
-            x = windows.join(x)
-        self.finish(x, self.left(grid, merger), self.rows(merger), stacked)
-        for number, owner in enumerate(owners):
-            graph.output(owner, f"owner_{number}", ("batch", math.prod(patches)), TensorProto.INT64)
-        return merger.grid
+            level = any(stack.block == block for stack in spec.deepstack)
+            if split and (level or merger or block == spec.blocks - 1):
+                split, x = False, self.arranged(x, stage, split)
+            if level:
+                stacked.append(x)
+            if merger and block < spec.blocks - 1:
+                keys = attention.mean_key()
+                if windows:
+                    keys = windows.join(keys, spec.width // spec.heads)
+                x, *stacked = merger.merge(block, keys, [x, *stacked])
+                stage = self.stage(grid, merger)
+        self.finish(x, stage.grid, stacked)
+        if merger:
+            graph.output(merger.state.owners, "owners", ("all", "batch", "patches"), TensorProto.INT64)
 
-    def finish(self, x: str, grid: Grid, rows: int | str, stacked: Sequence[str]) -> None:
+    def stage(self, grid: Grid, merger: Merger | None) -> _Stage:
+        """What holds for the blocks to come; ``grid``: of the picture."""
+        graph, spec = self.graph, self.spec
+        if merger is None:
+            down, across = (Pieces.of(graph, length, spec.window_patches) for length in (grid.rows, grid.columns))
+            positions, places, sizes = grid.positions if spec.rotary else "", grid.places if spec.rotary else "", ""
+        else:
+            down, across = merger.pieces
+            grid = replace(grid, rows=down.total, columns=across.total)
+            sizes = merger.state.sizes if self.kind.proportional else ""
+            positions = places = ""
+            if spec.rotary:  # Pictures of a batch merge each in its own way: each has its own places in one table.
+                positions = graph.node("Reshape", merger.positions, graph.ints(-1, 2))
+                numbers = Pieces(graph, graph.node("Shape", positions, start=0, end=1)).numbers
+                places = graph.node("Reshape", numbers, graph.shape(grid.batch, -1))
+        rotary = RotaryTables.of(graph, spec, positions) if spec.rotary else None
+        windows = Windows(graph, grid.batch, down, across) if spec.window else None
+        return _Stage(grid, rotary, places, windows, sizes)
+
+    def arranged(self, x: str, stage: _Stage, split: bool) -> str:
+        """Rows from windows to raster order if they are ``split``, else the other way."""
+        if stage.windows is None:
+            raise ValueError(f"{self.spec.family} has no windows")
+        return stage.windows.join(x, self.spec.width) if split else stage.windows.split(x, self.spec.width)
+
+    def finish(self, x: str, grid: Grid, stacked: Sequence[str]) -> None:
         """``features`` of the last block, and ``deepstack`` of those before."""
         graph, spec = self.graph, self.spec
         if spec.post_norm:
             x = self.norm(x, spec.last_norm)
         if spec.merge > 1:
             x = grid.tokens(self.without_cls(x), spec.width, pool=spec.pool)
-        graph.output(x, "features", ("batch", rows, spec.token_width))
+        graph.output(x, "features", ("batch", "rows", spec.token_width))
         if stacked:
-            deepstack = stacked[0] if len(stacked) == 1 else graph.node("Concat", *stacked, axis=2)
-            graph.output(deepstack, "deepstack", ("batch", rows, spec.token_width * len(stacked)))
+            levels = [grid.tokens(level, spec.width, pool=spec.pool) for level in stacked]
+            deepstack = levels[0] if len(levels) == 1 else graph.node("Concat", *levels, axis=2)
+            graph.output(deepstack, "deepstack", ("batch", "rows", spec.token_width * len(levels)))
 
-    def describe(self, attention: Attention, grid: Grid, merger: Merger, join: Callable[[str], str] | None) -> None:
+    def describe(self, attention: Attention, grid: Grid, windows: Windows | None) -> None:
         """``keys``, and ``cls_attention`` or ``queries``, of one block."""
-        graph, spec, rows = self.graph, self.spec, self.rows(merger)
-        query, key = (x if join is None else join(x) for x in (attention.query, attention.key))
-        # Averaged over heads and squares only when asked for, as attention is taken of queries and keys: ONNX Runtime
-        # computes all outputs, whichever it returns.
-        patches = "patches" if spec.merge > 1 else rows
-        graph.output(self.without_cls(key) if spec.merge > 1 else key, "keys", ("batch", patches, spec.width))
+        graph, spec = self.graph, self.spec
+        query, key = attention.query, attention.key
+        if windows:
+            query, key = (windows.join(x, spec.width) for x in (query, key))
+        # As they are, not averaged over heads and squares: attention is taken of them.
+        graph.output(self.without_cls(key) if spec.merge > 1 else key, "keys", ("batch", "patches", spec.width))
         if not spec.class_token:
-            graph.output(query, "queries", ("batch", patches, spec.width))
+            graph.output(query, "queries", ("batch", "patches", spec.width))
         else:
             weights = attention.first_row()
             if spec.merge > 1:
                 patches = graph.node("Slice", weights, graph.ints(1), graph.ints(_END), graph.ints(2))
                 weights = grid.sums(patches, spec.heads)
-            graph.output(weights, "cls_attention", ("batch", spec.heads, rows))
-
-    def left(self, grid: Grid, merger: Merger) -> Grid:
-        """The patches of a picture by now."""
-        if not self.variant.merges:
-            return grid
-        rows, columns = (self.graph.ints(length) for length in merger.grid)
-        return replace(grid, rows=rows, columns=columns)
-
-    def rows(self, merger: Merger) -> int | str:
-        """How many rows the tower returns, where that is known."""
-        tokens = math.prod(merger.grid) // self.spec.merge**2
-        return self.spec.cls_rows + tokens if self.variant.merges else "rows"
+            graph.output(weights, "cls_attention", ("batch", spec.heads, "rows"))
 
     def without_cls(self, x: str) -> str:
         graph = self.graph

@@ -1,67 +1,66 @@
-"""Windowed attention in a graph: patches in square windows, those at the right and lower edge filled up."""
+"""Windowed attention in a graph: rows of a grid's windows together, smaller windows filled up."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
-import numpy as np
+from onnx import TensorProto
 
 from .graph import Graph
-from .patches import Grid
+from .lines import Pieces
 
 
 class Windows:
-    """Windows of ``side`` patches over the ``grid`` of a picture, as Qwen2.5-VL has them: from its upper left corner,
-    smaller ones at the other edges. Here those are filled with patches that nobody attends to."""
+    """The windows between the pieces of a grid's columns, ``down``, and of its rows, ``across``; ``batch (1,)``
+    pictures. Smaller ones are filled with rows that nobody attends to."""
 
-    def __init__(self, graph: Graph, grid: Grid, side: int, width: int) -> None:
-        self._graph, self._grid, self._side, self._width = graph, grid, side, width
-        length = graph.ints(side)
-        lengths = (grid.rows, grid.columns)
-        self._spare = [graph.node("Mod", graph.node("Neg", own), length) for own in lengths]
-        filled = [graph.node("Add", own, more) for own, more in zip(lengths, self._spare, strict=True)]
-        self._count = [graph.node("Div", whole, length) for whole in filled]
-        self._filled = filled
+    def __init__(self, graph: Graph, batch: str, down: Pieces, across: Pieces) -> None:
+        self._graph, self._batch, self._down, self._across = graph, batch, down, across
 
-    def split(self, x: str) -> str:
-        """``x (B, P, D)`` in raster order to ``(B * windows, side * side, D)``."""
-        return self._split(x, self._width)
+    def split(self, x: str, *width: int) -> str:
+        """``x (B, P, *width)`` in raster order to ``(B * windows, longest, *width)``."""
+        x = self._graph.node("Gather", x, self._places, axis=1)
+        return self._graph.node("Reshape", x, self._graph.shape(-1, self._longest, *width))
 
-    def join(self, x: str) -> str:
+    def join(self, x: str, width: int) -> str:
         """The reverse of ``split``."""
-        graph, side = self._graph, self._side
-        batch, (rows, columns) = self._grid.batch, self._count
-        x = graph.node("Reshape", x, graph.shape(batch, rows, columns, side, side, self._width))
-        x = graph.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
-        x = graph.node("Reshape", x, graph.shape(batch, *self._filled, self._width))
-        ends = graph.node("Concat", self._grid.rows, self._grid.columns, axis=0)
-        x = graph.node("Slice", x, graph.ints(0, 0), ends, graph.ints(1, 2))
-        return graph.node("Reshape", x, graph.shape(batch, -1, self._width))
+        graph = self._graph
+        rows = graph.node("Reshape", x, graph.shape(self._batch, -1, width))
+        return graph.node("Gather", rows, self._slots, axis=1)
 
     @cached_property
     def mask(self) -> str:
-        """``(B * windows, side * side) int32``: 1 for patches of the picture."""
+        """``(B * windows, longest) int32``: 1 for patches of the picture."""
         graph = self._graph
-        ones = graph.node("Expand", graph.constant(np.ones((1, 1, 1), np.float32)), graph.shape(*self._all, 1))
-        return graph.node("Cast", graph.node("Squeeze", self._split(ones, 1), graph.ints(2)), to=6)
+        there = graph.node("And", *self._crossed(self._down.there, self._across.there))
+        there = graph.node("Reshape", graph.node("Cast", there, to=TensorProto.INT32), graph.ints(1, -1))
+        every = graph.node("Expand", there, graph.shape(self._batch, 1))
+        return graph.node("Reshape", every, graph.shape(-1, self._longest))
 
     @cached_property
-    def places(self) -> str:
-        """``(B * windows, side * side) int64``: the raster number of each patch in its picture."""
-        graph = self._graph
-        numbers = graph.node("Cast", graph.node("Unsqueeze", self._grid.places, graph.ints(2)), to=1)
-        return graph.node("Cast", graph.node("Squeeze", self._split(numbers, 1), graph.ints(2)), to=7)
+    def _longest(self) -> str:
+        return self._graph.node("Mul", self._down.longest, self._across.longest)
 
     @cached_property
-    def _all(self) -> tuple[str, str]:
-        return self._grid.batch, self._graph.node("Mul", self._grid.rows, self._grid.columns)
+    def _places(self) -> str:
+        """``(windows * longest,)``: the raster number of what is there."""
+        graph = self._graph
+        row, column = self._crossed(self._down.places, self._across.places)
+        places = graph.node("Add", graph.node("Mul", row, self._across.total), column)
+        return graph.node("Reshape", places, graph.ints(-1))
 
-    def _split(self, x: str, width: int) -> str:
-        graph, grid, side = self._graph, self._grid, self._side
-        x = graph.node("Reshape", x, graph.shape(grid.batch, grid.rows, grid.columns, width))
-        pads = graph.node("Concat", graph.ints(0, 0), *self._spare, axis=0)
-        x = graph.node("Pad", x, pads, "", graph.ints(1, 2))
-        rows, columns = self._count
-        x = graph.node("Reshape", x, graph.shape(grid.batch, rows, side, columns, side, width))
-        x = graph.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
-        return graph.node("Reshape", x, graph.ints(-1, side * side, width))
+    @cached_property
+    def _slots(self) -> str:
+        """``(P,)``: where each patch is among all that is in windows."""
+        graph = self._graph
+        (row, down), (column, across) = ((axis.piece, axis.within) for axis in (self._down, self._across))
+        row, down = (graph.node("Unsqueeze", x, graph.ints(1)) for x in (row, down))
+        slots = graph.node("Add", graph.node("Mul", row, self._across.count), column)
+        for length, inside in ((self._down.longest, down), (self._across.longest, across)):
+            slots = graph.node("Add", graph.node("Mul", slots, length), inside)
+        return graph.node("Reshape", slots, graph.ints(-1))
+
+    def _crossed(self, down: str, across: str) -> tuple[str, str]:
+        """Tables of the pieces of columns and rows, to be broadcast over each other, a window after another."""
+        graph = self._graph
+        return graph.node("Unsqueeze", down, graph.ints(1, 3)), graph.node("Unsqueeze", across, graph.ints(0, 2))

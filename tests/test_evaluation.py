@@ -13,6 +13,7 @@ from edge_tokcomp.export.demo import scenes
 from edge_tokcomp.export.demo.questions import ask_all
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.methods import get_method
+from edge_tokcomp.variant import PLAIN
 
 
 class Scripted:
@@ -26,13 +27,13 @@ class Scripted:
     def set_layer_steps(self, steps: tuple[()]) -> None:
         assert steps == ()
 
-    def see(self, image: np.ndarray) -> int:
+    def see(self, image: np.ndarray) -> Any:
         self.shown += 1
-        return self.shown
+        return SimpleNamespace(index=self.shown, variant=PLAIN)
 
-    def compress(self, encoded: int, method: Any, keep: Any) -> Any:
+    def compress(self, seen: Any, method: Any, keep: Any) -> Any:
         rows = 576 if not method.compresses else keep
-        return SimpleNamespace(plan=range(rows), index=encoded, plain=not method.compresses)
+        return SimpleNamespace(plan=range(rows), index=seen.index, plain=not method.compresses, variant=PLAIN)
 
     def answer(self, encoded: Any, question: str, max_tokens: int) -> Any:
         if not encoded.plain:

@@ -140,7 +140,7 @@ def test_attention_of_a_token_is_what_its_crops_cls_pays_to_its_square(proof: Pr
         tower = proof.model.model.vision_tower(torch.from_numpy(np.stack(pixels.crops)), output_attentions=True)
     patches = tower.attentions[-1][:, :, 0, 1:].numpy().reshape(len(pixels.crops), -1, 4, 2, 4, 2).sum(axis=(3, 5))
     wanted = patches.transpose(1, 0, 2, 3).reshape(patches.shape[1], -1)
-    with proof.open() as vlm:
+    with proof.open(method="prunesid") as vlm:
         tokens = vlm.see(photo(100, 60)).tokens
     assert tokens.cls_attention is not None
     np.testing.assert_allclose(tokens.cls_attention, wanted, atol=1e-5)

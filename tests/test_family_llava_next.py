@@ -180,7 +180,7 @@ def test_every_crop_has_its_cls_row_the_tiles_after_everything(proof: Proof) -> 
 
 
 def test_cls_rows_stay_where_they_are_when_patches_do_not(proof: Proof) -> None:
-    with proof.open() as vlm:
+    with proof.open(method="prunesid") as vlm:
         tokens = vlm.see(photo(203, 141)).tokens
     layout, method = tokens.layout, get_method("prunesid", keep_cls=True, order="released")
     plan = method.compress(tokens, 0.6)
@@ -198,7 +198,7 @@ def test_the_attention_of_each_row_is_that_of_its_own_crops_cls(proof: Proof) ->
         crops = torch.from_numpy(np.stack(pixels.crops))
         output = proof.model.model.vision_tower(crops, output_attentions=True)
     wanted = output.attentions[proof.spec.blocks - 1][:, :, 0].numpy()
-    with proof.open() as vlm:
+    with proof.open(method="prunesid") as vlm:
         tokens = vlm.see(photo(203, 141)).tokens
     rows = np.flatnonzero(~tokens.layout.protected)
     crop, column = tokens.layout.crop[rows], 1 + tokens.layout.cell[rows]  # a CLS row has cell -1
@@ -208,7 +208,7 @@ def test_the_attention_of_each_row_is_that_of_its_own_crops_cls(proof: Proof) ->
 
 @pytest.mark.parametrize("method", ["vispruner", "mosaic", "pool", "uniform", "holov", "visionzip"])
 def test_each_crop_is_compressed_by_itself_cells_in_bars_left_out(proof: Proof, method: str) -> None:
-    with proof.open() as vlm:
+    with proof.open(method="visionzip") as vlm:  # whose tower says what all of them look at
         tokens = vlm.see(photo(203, 141)).tokens
     layout, chosen = tokens.layout, get_method(method)
     plan = chosen.compress(tokens, 0.5)

@@ -47,8 +47,11 @@ def test_names_carry_options_and_print_them_back():
     [
         ("prunsid", r"unknown method 'prunsid' \(did you mean 'prunesid'\?\); methods: none, random,"),
         ("", "unknown method ''"),
-        ("todre:shape=x", "method todre has no option 'shape'; its options: form"),
-        ("prunesid:center=token", r"no option 'center' \(did you mean 'centre'\?\); its options: centre, .*lambda"),
+        ("todre:shape=x", "method todre has no option 'shape'; its options: form, block"),
+        (
+            "prunesid:center=token",
+            r"no option 'center' \(did you mean 'centre'\?\); its options: centre, .*lambda.*, block",
+        ),
         ("none:x=1", "its options: none"),
         ("todre:form", "'form' is not NAME=VALUE"),
         ("todre:", "is not NAME=VALUE"),
@@ -103,7 +106,10 @@ def test_the_table_lists_every_method_with_inputs_and_defaults_as_json():
     assert table["prunesid"]["needs"] == ["cls_attention"]
     assert table["prunesid-paper"]["needs"] == []
     assert table["prunesid"]["options"]["lambda"] == {"default": None, "accepts": "a number or none"}
-    assert table["todre"]["options"] == {"form": {"default": "max_sum", "accepts": "max_sum or k_center"}}
+    assert table["todre"]["options"] == {
+        "form": {"default": "max_sum", "accepts": "max_sum or k_center"},
+        "block": {"default": None, "accepts": "a whole number or none"},
+    }
     assert table["todre"]["wants"] == ["cls_attention"]
     for name, cls in METHODS.items():
         assert cls.name == name

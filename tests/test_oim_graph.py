@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,9 +13,10 @@ from onnx import TensorProto
 
 from edge_tokcomp.export.attention import Attention, Sizes
 from edge_tokcomp.export.graph import Graph
-from edge_tokcomp.export.oim import Merger
+from edge_tokcomp.export.oim import Merger, Pairs
+from edge_tokcomp.export.patches import Grid
 from edge_tokcomp.methods.oim import MergedGrid
-from edge_tokcomp.variant import Merge, Sharing
+from edge_tokcomp.variant import Merge, Sharing, shrinking, spread
 
 D, DK = 12, 5
 
@@ -26,27 +28,42 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def merged_by_graph(
-    folder: Path, x: np.ndarray, keys: np.ndarray, grid: tuple[int, int], merges: Sequence[Merge], sharing: Sharing
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """``x`` and sizes after all ``merges``, and the owners after each."""
+    folder: Path, x: np.ndarray, keys: np.ndarray, grid: tuple[int, int], merges: Sequence[Merge], sharing: Sharing,
+    window: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """``after``, what becomes of ``x`` and, ``beside`` it, of the same again; ``sizes``, ``positions``; ``owners``."""
     with Graph(folder / "merger.onnx") as graph:
-        merger = Merger(graph, grid, x.shape[1] - grid[0] * grid[1], sharing)
-        rows = graph.input("x", ("batch", x.shape[1], D))
-        after, owners = merger.merge(rows, graph.input("keys", ("batch", x.shape[1], DK)), merges)
+        rows, by = (graph.input(name, ("batch", "rows", width)) for name, width in (("x", D), ("keys", DK)))
+        size = [graph.input(name, (1,), TensorProto.INT64) for name in ("height", "width")]
+        patches = Grid(graph, graph.node("Shape", rows, start=0, end=1), *size, 1)
+        lead = x.shape[1] - grid[0] * grid[1]
+        merger = Merger(graph, patches, lead, sharing, window, Pairs.of(graph, 1))
+        after, beside = merger.merge(0, by, [rows, graph.node("Neg", rows)])
         graph.output(after, "after", ("batch", "rows", D))
-        graph.output(merger.sizes, "sizes", ("batch", "rows"))
-        for number, owner in enumerate(owners):
-            graph.output(owner, f"owner_{number}", ("batch", grid[0] * grid[1]), TensorProto.INT64)
+        graph.output(beside, "beside", ("batch", "rows", D))
+        graph.output(merger.state.sizes, "sizes", ("batch", "rows"))
+        graph.output(merger.positions, "positions", ("batch", "rows", 2))
+        graph.output(merger.state.owners, "owners", ("all", "batch", "patches"), TensorProto.INT64)
         graph.save()
-    after, sizes, *owners = session(folder / "merger.onnx").run(None, {"x": x, "keys": keys})
-    return after, sizes, owners
+    before = list(shrinking(merges, grid, window))
+    inputs: dict[str, Any] = {
+        "x": x, "keys": keys, "height": np.array(grid[:1]), "width": np.array(grid[1:]),
+        "merges": np.array([len(merges)]),
+        "pairs_down": [spread(m.columns, down) for m, (down, _) in zip(merges, before, strict=False)],
+        "pairs_across": [spread(m.rows, across) for m, (_, across) in zip(merges, before, strict=False)],
+    }  # fmt: skip
+    for name, pieces in (("pairs_down", before[0][0]), ("pairs_across", before[0][1])):
+        inputs[name] = np.array(inputs[name], np.int64).reshape(len(merges), len(pieces))
+    names = ["after", "beside", "sizes", "positions", "owners"]
+    return dict(zip(names, session(folder / "merger.onnx").run(names, inputs), strict=True))
 
 
 def merged_by_numpy(
-    x: np.ndarray, keys: np.ndarray, grid: tuple[int, int], merges: Sequence[Merge], sharing: Sharing
-) -> list[MergedGrid]:
+    x: np.ndarray, keys: np.ndarray, grid: tuple[int, int], merges: Sequence[Merge], sharing: Sharing,
+    window: int | None = None,
+) -> list[MergedGrid]:  # fmt: skip
     """One picture without its CLS row, after each of the ``merges``."""
-    steps = [MergedGrid.of(x.reshape(*grid, -1), keys.reshape(*grid, -1))]
+    steps = [MergedGrid.of(x.reshape(*grid, -1), keys.reshape(*grid, -1), window)]
     for merge in merges:
         steps.append(steps[-1].merge_rows(merge.rows, sharing).merge_columns(merge.columns, sharing))
     return steps[1:]
@@ -63,30 +80,44 @@ def random_rows(batch: int, lead: int, grid: tuple[int, int], seed: int, few: bo
 
 
 PLANS = [
-    ((9, 11), (Merge(0, 3, 2),)),
-    ((9, 11), (Merge(0, 0, 3), Merge(0, 2, 0), Merge(0, 2, 1))),
-    ((24, 24), (Merge(0, 8, 8), Merge(0, 5, 5))),
-    ((1, 10), (Merge(0, 3, 0), Merge(0, 2, 0))),
-    ((5, 1), (Merge(0, 0, 1),)),
-    ((2, 2), (Merge(0, 1, 1),)),
+    ((9, 11), None, (Merge(0, 3, 2),)),
+    ((9, 11), None, (Merge(0, 0, 3), Merge(0, 2, 0), Merge(0, 2, 1))),
+    ((24, 24), None, (Merge(0, 8, 8), Merge(0, 5, 5))),
+    ((1, 10), None, (Merge(0, 3, 0), Merge(0, 2, 0))),
+    ((5, 1), None, (Merge(0, 0, 1),)),
+    ((2, 2), None, (Merge(0, 1, 1),)),
+    ((9, 11), 4, (Merge(0, 3, 2), Merge(0, 2, 0), Merge(0, 2, 1))),
+    ((5, 12), 8, (Merge(0, 4, 2), Merge(0, 3, 0))),
+    ((6, 4), 2, (Merge(0, 2, 3),)),
+    ((3, 7), 1, ()),
 ]
 
 
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("lead", [0, 1])
 @pytest.mark.parametrize("sharing", ["per-line", "shared"])
-@pytest.mark.parametrize(("grid", "merges"), PLANS)
+@pytest.mark.parametrize(("grid", "window", "merges"), PLANS)
 def test_the_graph_merges_what_numpy_merges(
-    tmp_path: Path, grid: tuple[int, int], merges: tuple[Merge, ...], sharing: Sharing, lead: int, few: bool
-) -> None:
+    tmp_path: Path, grid: tuple[int, int], window: int | None, merges: tuple[Merge, ...], sharing: Sharing, lead: int,
+    few: bool,
+) -> None:  # fmt: skip
     x, keys = random_rows(3, lead, grid, len(merges), few)
-    after, sizes, owners = merged_by_graph(tmp_path, x, keys, grid, merges, sharing)
-    for picture in range(3):
-        steps = merged_by_numpy(x[picture, lead:], keys[picture, lead:], grid, merges, sharing)
-        for owner, step in zip(owners, steps, strict=True):
+    found = merged_by_graph(tmp_path, x, keys, grid, merges, sharing, window)
+    np.testing.assert_array_equal(found["beside"], -found["after"])
+    assert len(found["owners"]) == len(merges)
+    for picture in range(3 if merges else 0):
+        steps = merged_by_numpy(x[picture, lead:], keys[picture, lead:], grid, merges, sharing, window)
+        for owner, step in zip(found["owners"], steps, strict=True):
             np.testing.assert_array_equal(owner[picture], step.owner)
-        np.testing.assert_array_equal(sizes[picture, lead:], steps[-1].size.ravel())
-        np.testing.assert_allclose(after[picture, lead:], steps[-1].features.reshape(-1, D), rtol=0, atol=2e-6)
+        np.testing.assert_array_equal(found["sizes"][picture, lead:], steps[-1].size.ravel())
+        wanted = steps[-1].features.reshape(-1, D)
+        np.testing.assert_allclose(found["after"][picture, lead:], wanted, rtol=0, atol=2e-6)
+        for cell, position in enumerate(found["positions"][picture, lead:]):
+            of_cell = np.argwhere(steps[-1].owner.reshape(grid) == cell)
+            np.testing.assert_allclose(position, of_cell.mean(axis=0), rtol=1e-6)
+            assert window is None or len({tuple(place // window) for place in of_cell}) == 1
+    if not merges:
+        np.testing.assert_array_equal(found["after"], x)
 
 
 @pytest.mark.parametrize("sharing", ["per-line", "shared"])
@@ -94,7 +125,8 @@ def test_nothing_is_lost_and_the_cls_row_stands_alone(tmp_path: Path, sharing: S
     grid = (10, 13)
     x, keys = random_rows(4, 1, grid, 5, False)
     keys[:, 0] = keys[:, 1]  # The CLS is most like the first patch, and still no neighbour of it.
-    after, sizes, owners = merged_by_graph(tmp_path, x, keys, grid, [Merge(0, 4, 3), Merge(0, 2, 2)], sharing)
+    found = merged_by_graph(tmp_path, x, keys, grid, [Merge(0, 4, 3), Merge(0, 2, 2)], sharing)
+    after, sizes, owners = (found[name] for name in ("after", "sizes", "owners"))
     np.testing.assert_array_equal(after[:, 0], x[:, 0])
     assert np.all(sizes[:, 0] == 1)
     for picture in range(4):
@@ -108,11 +140,11 @@ def test_nothing_is_lost_and_the_cls_row_stands_alone(tmp_path: Path, sharing: S
 
 def test_equal_cells_merge_from_the_left_stay_what_they_are_and_zero_keys_do_no_harm(tmp_path: Path) -> None:
     x = np.full((1, 20, D), np.float32(1 / 3))
-    after, sizes, _ = merged_by_graph(
+    found = merged_by_graph(
         tmp_path, x, np.zeros((1, 20, DK), np.float32), (2, 10), [Merge(0, 3, 0), Merge(0, 2, 1)], "per-line"
     )
-    assert sizes.tolist() == [[8, 6, 2, 2, 2]]
-    np.testing.assert_array_equal(after, x[:, :5])
+    assert found["sizes"].tolist() == [[8, 6, 2, 2, 2]]
+    np.testing.assert_array_equal(found["after"], x[:, :5])
 
 
 HEADS, WIDTH = 3, 24

@@ -48,7 +48,7 @@ def test_it_is_what_the_last_block_of_transformers_attends_to(name: str, tmp_pat
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "softmax", noted)
         proof.model.get_image_features(**given)
-    with proof.open() as vlm:
+    with proof.open(method="prunesid") as vlm:
         tokens = vlm.see(photo(168, 140)).tokens
     assert tokens.cls_attention is None
     received = weights[-1].numpy().mean(axis=2)  # (crops, heads, P)

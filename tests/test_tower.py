@@ -20,6 +20,7 @@ from edge_tokcomp.export.tower_files import cache_directory, cached_tower, expor
 from edge_tokcomp.export.vit import write_projector, write_tower
 from edge_tokcomp.families.tower_spec import TowerSpec
 from edge_tokcomp.tower import Tower
+from edge_tokcomp.variant import TowerVariant
 from tiny_mmproj import MLP, write_mmproj
 
 
@@ -50,7 +51,7 @@ def exported(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tower(exported):
-    return Tower(exported.directory, provider="cpu", threads=1)
+    return Tower(exported.directory, provider="cpu", threads=1, graph="attention")
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0])
@@ -58,9 +59,11 @@ def tower(exported):
 @pytest.mark.parametrize("swapped", [True, False])
 def test_tower_equals_transformers(tmp_path, kind, activation, swapped):
     tiny = write_mmproj(tmp_path / "m.gguf", kind=kind, activation=activation, swapped=swapped)
-    tower = Tower(export_tower(tiny.path, tmp_path / "tower").directory, provider="cpu", threads=1)
+    directory = export_tower(tiny.path, tmp_path / "tower").directory
+    plain, looking = (Tower(directory, provider="cpu", threads=1, graph=graph) for graph in ("tower", "attention"))
     features, attention = by_transformers(tiny, pictures(3, 48))
-    output = tower.encode(pictures(3, 48))
+    assert error(plain.encode(pictures(3, 48)).features, features) <= 1e-4
+    output = looking.encode(pictures(3, 48))
     assert error(output.features, features) <= 1e-4
     assert error(output.cls_attention, attention) <= 1e-4
     np.testing.assert_allclose(output.cls_attention.sum(-1), 1, atol=1e-5)
@@ -91,7 +94,7 @@ def test_a_remainder_of_the_picture_is_left_out_as_transformers_does(tmp_path):
 
 def test_features_stop_at_the_layer_the_file_names(tmp_path):
     tiny = write_mmproj(tmp_path / "m.gguf", layers=[2])
-    tower = Tower(export_tower(tiny.path, tmp_path / "tower").directory, provider="cpu", threads=1)
+    tower = Tower(export_tower(tiny.path, tmp_path / "tower").directory, provider="cpu", threads=1, graph="attention")
     with torch.no_grad():
         out = tiny.tower(torch.from_numpy(pictures(1, 48)), output_hidden_states=True, output_attentions=True)
     output = tower.encode(pictures(1, 48))
@@ -103,7 +106,7 @@ def test_reference_equals_transformers(tiny):
     mmproj = Mmproj(tiny.path)
     spec = tower_files.family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     features, attention = by_transformers(tiny, pictures(2, 48))
-    found = reference_tower(spec, mmproj, pictures(2, 48))
+    found = reference_tower(spec, mmproj, pictures(2, 48), TowerVariant(block=spec.block(None)))
     assert error(found.features, features) <= 1e-5
     assert error(found.cls_attention, attention) <= 1e-5
     with torch.no_grad():
@@ -134,15 +137,17 @@ def test_a_tower_without_cls_equals_the_reference(tmp_path, silu):
 
 
 def test_graphs_are_valid_onnx_of_opset_20(exported):
-    for name in ("tower.onnx", "projector.onnx"):
+    for name in ("tower.onnx", "attention.onnx", "projector.onnx"):
         model = onnx.load(exported.directory / name)
         onnx.checker.check_model(model)
         assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20, "com.microsoft": 1}
 
 
-def test_an_export_that_differs_from_its_source_is_refused(tmp_path, tiny, monkeypatch):
-    def twisted(spec, mmproj, path):
-        write_tower(dataclasses.replace(spec, eps=0.5), mmproj, path)
+@pytest.mark.parametrize("graph", ["tower", "attention"])
+def test_an_export_that_differs_from_its_source_is_refused(tmp_path, tiny, monkeypatch, graph):
+    def twisted(spec, mmproj, path, *options, **more):
+        eps = 0.5 if path.stem == graph else spec.eps
+        write_tower(dataclasses.replace(spec, eps=eps), mmproj, path, *options, **more)
 
     monkeypatch.setattr(tower_files, "write_tower", twisted)
     with pytest.raises(TokcompError, match="differs from the source"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.export import tower_files
 from edge_tokcomp.export.tower_files import cached_tower, export_tower
 from edge_tokcomp.parameters import hash_of_model
-from edge_tokcomp.variant import Merge, TowerVariant
 from family_proof import Proof, assert_same_rows, assert_same_text, photo
 from hf_folder import write_folder
 from hf_mmproj import write_mmproj_of
@@ -215,13 +213,6 @@ def test_a_separator_that_the_description_does_not_name(pair: Pair, directory: P
     np.save(copy / "separator.npy", np.ones(width, np.float32))
     with pytest.raises(TokcompError, match=r"another tower's than its description \(a separator: True, not False\)"):
         opened(pair, copy)
-
-
-def test_patches_are_not_merged_where_pictures_have_any_size(directory: Path) -> None:
-    spec, merging = cached_tower(directory).spec, TowerVariant(merges=(Merge(0, 1, 0),))
-    assert tower_files._final_grid(spec, merging, "fp32") == (spec.grid[0], spec.grid[1] - 1)
-    with pytest.raises(UsageError, match="patches cannot be merged inside this tower"):
-        tower_files._final_grid(replace(spec, dynamic=True), merging, "fp32")
 
 
 def test_a_folder_of_another_kind_of_positions_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from edge_tokcomp.methods import get_method
 from edge_tokcomp.methods.resolution import in_proportion
 from edge_tokcomp.models import DEMO_LM
 from edge_tokcomp.tokens import Layout
-from edge_tokcomp.variant import PLAIN, Merge, TowerVariant, most_pairs
+from edge_tokcomp.variant import PLAIN, Merge, TowerVariant, most_pairs, pieces, shrinking, spread
 from edge_tokcomp.vlm import load
 from made_up_images import image
 
@@ -43,17 +43,27 @@ def test_a_smaller_grid_keeps_proportions_and_the_budget_and_stays_within_the_to
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 30), st.floats(0.001, 0.999), st.data())
 def test_luvc_merges_down_to_the_grid_within_the_budget(height, width, blocks, share, data):
     wanted = max(1, int(share * height * width))
+    side, window = data.draw(st.sampled_from([(1, None), (2, None), (4, None), (1, 3), (2, 8), (2, 2)]))
     passes = data.draw(st.none() | st.integers(1, min(12, height + width)))
     first = data.draw(st.floats(0, 1))
     method = get_method("luvc", passes=passes, first=first, last=data.draw(st.floats(first, 1)))
-    variant = method.variant(wanted, (height, width), blocks)
-    assert variant.final_grid((height, width), blocks) == in_proportion(wanted, (height, width))
-    grid = (height, width)
-    for merge in variant.merges:
-        assert merge.rows <= most_pairs(grid[1])
-        assert merge.columns <= most_pairs(grid[0])
+    variant = method.variant(wanted, (height, width), blocks, side, window)
+    rows, columns = in_proportion(wanted, (height, width))
+    patches = height * side, width * side
+    if window:  # a patch is left in each
+        rows, columns = (
+            max(left, -(-len(pieces(length, window)) // side))
+            for left, length in zip((rows, columns), patches, strict=True)
+        )
+    assert variant.final_grid((height, width), blocks, side, window) == (rows, columns)
+    before = list(shrinking(variant.merges, patches, window))
+    for merge, lines in zip(variant.merges, before, strict=False):
         assert first * (blocks - 2) - 0.5 <= merge.block <= blocks - 2
-        grid = merge.shrink(grid)
+        for pairs, lengths in zip((merge.columns, merge.rows), lines, strict=True):
+            fewer = spread(pairs, lengths)
+            assert sum(fewer) == pairs
+            assert all(0 <= less <= most_pairs(length) for less, length in zip(fewer, lengths, strict=True))
+    assert all(min(lengths) >= 1 for lengths in before[-1])
 
 
 def test_luvc_takes_as_few_passes_as_pairing_allows_by_even_factors():
@@ -103,26 +113,26 @@ def test_keeping_everything_runs_the_tower_plainly(vlm):
     seen = vlm.see(SAMPLE)
     for keep in (576, 600, 1.0):
         encoded = vlm.compress(seen, get_method("luvc"), keep)
-        assert encoded.variant == PLAIN
+        assert encoded.variant.usual
         assert encoded.tokens is seen.tokens
 
 
 def test_going_back_to_another_method_runs_the_tower_again(vlm):
     merged = vlm.compress(vlm.see(SAMPLE), get_method("luvc"), 64)
     again = vlm.compress(merged, get_method("mosaic"), 64)
-    assert again.variant == PLAIN
+    assert again.variant == TowerVariant(block=vlm.engine.spec.block(None))
     np.testing.assert_array_equal(again.rows.embeddings, vlm.encode(SAMPLE).rows.embeddings)
 
 
 def test_a_model_loaded_for_a_method_in_the_tower_opens_no_other_tower():
     with load(method="luvc", keep=100, threads=1) as model:
         encoded = model.encode(SAMPLE)
-        assert list(model.engine._towers) == [encoded.variant]
+        assert list(model.engine._towers) == [encoded.variant.kind]
         assert str(encoded.plan) == "576 → 100 (17.4 %)"
         assert model.caption(encoded).startswith("At the ")
     with load(method="resolution", keep=100, threads=1) as model:
         assert model.encode(SAMPLE).variant == TowerVariant(grid=(10, 10))
-        assert list(model.engine._towers) == [PLAIN]
+        assert list(model.engine._towers) == [PLAIN.kind]
 
 
 def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
@@ -134,7 +144,7 @@ def test_rows_that_have_left_the_tower_and_shared_budgets_are_refused():
 
 def test_keys_of_the_tower_reach_the_methods(vlm):
     seen = vlm.see(SAMPLE)
-    keys = vlm.engine.tower.encode(np.stack(vlm.engine.pixels(seen.image.picture).crops), want={"keys"}).keys
+    keys = vlm.engine.tower.encode(np.stack(vlm.engine.pixels(seen.image.picture).crops)).keys
     np.testing.assert_array_equal(seen.tokens.keys, keys[0])
 
 
@@ -143,7 +153,7 @@ def test_what_was_seen_otherwise_is_seen_again_and_its_score_is_that_of_the_plai
         seen = small.see(SAMPLE)
         assert seen.variant == TowerVariant(grid=(12, 12))
         assert small.claim(SAMPLE) == vlm.claim(SAMPLE).__class__(vlm.claim(SAMPLE).information, 144, 0, 576)
-        assert vlm.see(seen).variant == PLAIN
+        assert vlm.see(seen).variant == TowerVariant(block=vlm.engine.spec.block(None))
         assert vlm.encode(seen).plan.before == 576
         np.testing.assert_array_equal(vlm.encode(seen).rows.embeddings, vlm.encode(SAMPLE).rows.embeddings)
         assert vlm.see(seen).timings_ms["decode"] == seen.timings_ms["decode"]

@@ -16,7 +16,7 @@ from edge_tokcomp.export import check, tower_files
 from edge_tokcomp.export.check import Check, check_tower
 from edge_tokcomp.export.tower_files import cached_tower, export_tower
 from edge_tokcomp.tower import Tower
-from edge_tokcomp.variant import Merge, TowerVariant
+from edge_tokcomp.variant import TowerKind
 from family_proof import error
 from hf_mmproj import write_mmproj_of
 from hf_vlms import FAMILIES, build
@@ -52,9 +52,11 @@ def test_fp16_stays_within_its_rounding_of_transformers_and_is_half_the_size(tmp
     assert 1e-5 < error(found, wanted) < 5e-3
     for name in ("tower.onnx.data", "projector.onnx.data"):
         assert (small.directory / name).stat().st_size < 0.6 * (whole.directory / name).stat().st_size
-    merging = TowerVariant(merges=(Merge(0, 1, 0),))
     with pytest.raises(UsageError, match="cannot be merged inside a tower of fp16"):
-        cached_tower(tiny.path, "fp16", tmp_path / "cache", variant=merging)
+        cached_tower(tiny.path, "fp16", tmp_path / "cache", kind=TowerKind(merging=True))
+    looking = cached_tower(tiny.path, "fp16", tmp_path / "cache", kind=TowerKind(block=0))
+    assert looking.check.close
+    assert looking.check.attention > 0
 
 
 def test_fp16_that_overflows_is_refused(tmp_path, tiny, monkeypatch):

@@ -25,7 +25,9 @@ def directory(tmp_path: Path) -> Path:
     with Graph(tmp_path / "tower.onnx") as graph:
         pixels = graph.input("pixels", ("batch", 3, 2, 2))
         graph.output(graph.node("Reshape", pixels, graph.ints(-1, 5, 3)), "features", ("batch", 5, 3))
-        graph.save({"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1"})
+        graph.save(
+            {"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1", "class_token": "False", "window": "0"}
+        )
     with Graph(tmp_path / "projector.onnx") as graph:
         rows = graph.input("rows", ("n", 3))
         graph.output(graph.node("Mul", rows, rows), "embeddings", ("n", 3))
@@ -154,6 +156,8 @@ def test_deepstack_features_that_the_projector_does_not_take(directory: Path) ->
         pixels = graph.input("pixels", ("batch", 3, 2, 2))
         for name, width in (("features", 3), ("deepstack", 6)):
             graph.output(graph.node("Reshape", pixels, graph.ints(-1, 4, width)), name, ("batch", 4, width))
-        graph.save({"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1"})
+        graph.save(
+            {"image_size": "2", "patch_size": "1", "heads": "1", "unit": "1", "class_token": "False", "window": "0"}
+        )
     with pytest.raises(TokcompError, match=r"are no tower and projector .*rows of 3 and 3"):
         Tower(directory, provider="cpu", threads=1)

@@ -14,6 +14,7 @@ from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.export.reference import reference_tower
 from edge_tokcomp.export.tower_files import TowerFiles, cached_tower
 from edge_tokcomp.tower import Tower
+from edge_tokcomp.variant import TowerVariant
 from tiny_mmproj import Tiny, write_mmproj
 
 SIZES = [(48, 48), (24, 24), (40, 88), (96, 16), (8, 8), (16, 48), (32, 72)]
@@ -55,7 +56,7 @@ def files(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> TowerFiles:
 
 @pytest.fixture(scope="module")
 def tower(files: TowerFiles) -> Tower:
-    return Tower(files.directory, provider="cpu", threads=1)
+    return Tower(files.directory, provider="cpu", threads=1, graph="attention")
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -64,8 +65,8 @@ def test_pictures_of_any_size_give_what_transformers_gives(
 ) -> None:
     pixels = pictures(2, height, width)
     features, attention, keys = by_transformers(tiny, pixels)
-    output = tower.encode(pixels, want={"keys"})
-    reference = reference_tower(files.spec, Mmproj(tiny.path), pixels)
+    output = tower.encode(pixels)
+    reference = reference_tower(files.spec, Mmproj(tiny.path), pixels, TowerVariant(block=2))
     for found in (output, reference):
         assert error(found.features, features) <= 1e-5
         assert error(found.cls_attention, attention) <= 1e-5
@@ -96,12 +97,6 @@ def test_at_its_own_size_the_positions_are_the_table_to_the_bit(tiny: Tiny, file
     (found,) = session.run([resize.output[0]], {"pixels": pictures(1, 48, 48)})
     table = tiny.tower.state_dict()["embeddings.position_embedding.weight"].numpy()[1:]
     np.testing.assert_array_equal(found[0].reshape(64, 36).T, table)
-
-
-def test_keys_come_only_when_asked_for_and_nothing_unknown_can_be(tower: Tower) -> None:
-    assert tower.encode(pictures(1, 48, 48)).keys is None
-    with pytest.raises(ValueError, match="does not return queries"):
-        tower.encode(pictures(1, 48, 48), want={"queries"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 8), (8, 12), (49, 48), (4, 4)])

@@ -18,21 +18,30 @@ from edge_tokcomp.export.reference import reference_tower
 from edge_tokcomp.export.tower_files import TowerFiles, cached_tower
 from edge_tokcomp.export.vit import write_tower
 from edge_tokcomp.tower import Tower, TowerOutput
-from edge_tokcomp.variant import PLAIN, Merge, TowerVariant
+from edge_tokcomp.variant import PLAIN, Merge, TowerKind, TowerVariant
 from tiny_mmproj import Tiny, write_mmproj
 
-VARIANTS = [
-    TowerVariant(merges=(Merge(0, 1, 2),)),
-    TowerVariant(merges=(Merge(0, 2, 2), Merge(0, 1, 0), Merge(1, 0, 1)), sharing="shared"),
-    TowerVariant((4, 9), (Merge(0, 2, 1), Merge(1, 2, 0)), proportional=False),
-    TowerVariant((8, 3), (Merge(1, 0, 2),)),
+MERGES = [
+    ((6, 6), TowerVariant(merges=(Merge(0, 1, 2),))),
+    ((6, 6), TowerVariant(merges=(Merge(0, 2, 2), Merge(0, 1, 0), Merge(1, 0, 1)), sharing="shared")),
+    ((4, 9), TowerVariant(merges=(Merge(0, 2, 1), Merge(1, 2, 0)), proportional=False)),
+    ((8, 3), TowerVariant(merges=(Merge(1, 0, 2),))),
+    ((6, 6), TowerVariant(merges=(Merge(0, 2, 2),) + 3 * (Merge(1, 1, 1),))),
+    ((5, 7), TowerVariant(merges=())),
 ]
+KIND = TowerKind(merging=True)
+KINDS = [KIND, TowerKind(True, sharing="shared"), TowerKind(True, proportional=False)]
 
 
-def run(files: TowerFiles, batch: int = 2, seed: int = 0) -> tuple[np.ndarray, TowerOutput]:
-    rows, columns = files.variant.grid or (6, 6)
-    pixels = np.random.default_rng(seed).standard_normal((batch, 3, 8 * rows, 8 * columns), dtype=np.float32)
-    return pixels, Tower(files.directory, provider="cpu", threads=1).encode(pixels, want={"keys"})
+def opened(files: TowerFiles) -> Tower:
+    return Tower(files.directory, provider="cpu", threads=1, graph=files.graph)
+
+
+def run(
+    files: TowerFiles, merges: tuple[Merge, ...] = (), grid: tuple[int, int] = (6, 6), batch: int = 2, seed: int = 0
+) -> tuple[np.ndarray, TowerOutput]:
+    pixels = np.random.default_rng(seed).standard_normal((batch, 3, 8 * grid[0], 8 * grid[1]), dtype=np.float32)
+    return pixels, opened(files).encode(pixels, merges)
 
 
 def error(found: np.ndarray | None, wanted: np.ndarray | None) -> float:
@@ -52,12 +61,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_a_merging_tower_equals_the_source_merged_in_numpy(tiny: Tiny, cache: Path, variant: TowerVariant) -> None:
-    files = cached_tower(tiny.path, cache=cache, variant=variant)
-    pixels, output = run(files, 3)
+@pytest.mark.parametrize(("grid", "variant"), MERGES)
+def test_a_merging_tower_equals_the_source_merged_in_numpy(
+    tiny: Tiny, cache: Path, grid: tuple[int, int], variant: TowerVariant
+) -> None:
+    variant = dataclasses.replace(variant, block=2)
+    kind = TowerKind(True, variant.sharing, variant.proportional, 2)
+    files = cached_tower(tiny.path, cache=cache, kind=kind)
+    pixels, output = run(files, variant.merges, grid, 3)
     wanted = reference_tower(files.spec, Mmproj(tiny.path), pixels, variant)
-    height, width = variant.grid or (6, 6)
+    height, width = grid
     height -= sum(merge.columns for merge in variant.merges)
     width -= sum(merge.rows for merge in variant.merges)
     assert output.features.shape == (3, 1 + height * width, 64)
@@ -76,13 +89,13 @@ def test_merging_equal_patches_changes_nothing_when_later_blocks_attend_by_size(
 ) -> None:
     """Without positions, patches that show the same are the same row in every block."""
     tiny = write_mmproj(tmp_path / "m.gguf", reshape={"v.position_embd.weight": (37, 64)})
-    variant = TowerVariant(merges=(Merge(0, 2, 1),), proportional=proportional)
-    files = cached_tower(tiny.path, cache=tmp_path / "cache", variant=variant)
+    kind = TowerKind(True, proportional=proportional, block=2)
+    files = cached_tower(tiny.path, cache=tmp_path / "cache", kind=kind)
     plain = cached_tower(tiny.path, cache=tmp_path / "cache")
     tiles = np.random.default_rng(1).standard_normal((2, 3, 3, 3, 8, 8)).astype(np.float32)
     pixels = np.repeat(np.repeat(tiles, 2, axis=2), 2, axis=3).swapaxes(3, 4).reshape(2, 3, 48, 48)
-    merged = Tower(files.directory, provider="cpu", threads=1).encode(pixels)
-    whole = Tower(plain.directory, provider="cpu", threads=1).encode(pixels)
+    merged = opened(files).encode(pixels, (Merge(0, 2, 1),))
+    whole = Tower(plain.directory, provider="cpu", threads=1, graph="attention").encode(pixels)
     owner = merged.owner
     assert owner is not None
     assert owner[0].reshape(6, 6)[0].tolist() == [0, 0, 1, 1, 2, 3]
@@ -101,25 +114,31 @@ def test_merging_equal_patches_changes_nothing_when_later_blocks_attend_by_size(
         assert apart > 0.005
 
 
-def test_a_variant_shares_the_plain_towers_weights(tiny: Tiny, tmp_path: Path) -> None:
-    merging = cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0])
+def test_a_merging_tower_shares_the_plain_towers_weights(tiny: Tiny, tmp_path: Path) -> None:
+    merging = cached_tower(tiny.path, cache=tmp_path, kind=KIND)
     plain = cached_tower(tiny.path, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     for name in ("tower.onnx.data", "projector.onnx.data", "projector.onnx"):
         assert (merging.directory / name).samefile(plain.directory / name)
     assert not (merging.directory / "tower.onnx").samefile(plain.directory / "tower.onnx")
-    assert cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0]) == merging
-    assert cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[1]).directory != merging.directory
+    assert cached_tower(tiny.path, cache=tmp_path, kind=KIND) == merging
+    assert len({cached_tower(tiny.path, cache=tmp_path, kind=kind).directory for kind in KINDS}) == 3
 
 
-def test_without_merges_a_variant_is_the_plain_tower(tiny: Tiny, cache: Path) -> None:
-    plain = cached_tower(tiny.path, cache=cache)
-    assert plain.variant == PLAIN
-    assert run(plain)[1].features.shape == (2, 37, 64)
-    small = cached_tower(tiny.path, cache=cache, variant=TowerVariant((3, 5)))
-    assert (small.directory, small.variant) == (plain.directory, TowerVariant((3, 5)))
-    assert run(small)[1].features.shape == (2, 16, 64)
-    assert run(small)[1].owner is None
+def test_one_that_is_told_to_merge_nothing_is_the_plain_tower(tiny: Tiny, cache: Path) -> None:
+    plain, merging = (cached_tower(tiny.path, cache=cache, kind=kind) for kind in (PLAIN.kind, KIND))
+    for grid in ((6, 6), (3, 5)):
+        wanted, found = (run(files, grid=grid)[1] for files in (plain, merging))
+        assert wanted.features.shape == (2, 1 + grid[0] * grid[1], 64)
+        assert error(found.features, wanted.features) <= 1e-6
+        assert found.owner is None
+        assert wanted.owner is None
+    with pytest.raises(ValueError, match="this graph merges nothing"):
+        run(plain, (Merge(0, 1, 0),))
+    with pytest.raises(ValueError, match=r"merges after blocks \[2\] of 3"):
+        run(merging, (Merge(2, 1, 0),))
+    with pytest.raises(UsageError, match="3 pairs in a row of 6 patches; at most 2"):
+        run(merging, (Merge(0, 3, 0),))
 
 
 def test_weights_are_copied_where_the_disk_has_no_links(
@@ -129,32 +148,32 @@ def test_weights_are_copied_where_the_disk_has_no_links(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    files = cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0])
+    files = cached_tower(tiny.path, cache=tmp_path, kind=KIND)
     assert (files.directory / "tower.onnx.data").stat().st_nlink == 1
-    assert run(files)[1].features.shape == (2, 21, 64)
+    assert run(files, (Merge(0, 1, 2),))[1].features.shape == (2, 21, 64)
 
 
 def test_a_damaged_weight_file_is_replaced_for_both(tiny: Tiny, tmp_path: Path) -> None:
-    files = cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0])
+    files = cached_tower(tiny.path, cache=tmp_path, kind=KIND)
     wanted = run(files)[1].features
     damaged = files.directory / "tower.onnx.data"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 0x40
     damaged.write_bytes(data)
-    again = cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0])
+    again = cached_tower(tiny.path, cache=tmp_path, kind=KIND)
     assert again == files
     np.testing.assert_array_equal(run(again)[1].features, wanted)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("variant", VARIANTS[:3], ids=str)
-def test_int8_towers_merge_too(tiny: Tiny, cache: Path, variant: TowerVariant) -> None:
-    files = cached_tower(tiny.path, "int8", cache, variant=variant)
+@pytest.mark.parametrize(("grid", "variant"), MERGES[:3])
+def test_int8_towers_merge_too(tiny: Tiny, cache: Path, grid: tuple[int, int], variant: TowerVariant) -> None:
+    files = cached_tower(tiny.path, "int8", cache, kind=variant.kind)
     plain = cached_tower(tiny.path, "int8", cache)
     assert (files.directory / "tower.onnx.data").samefile(plain.directory / "tower.onnx.data")
     assert files.left_in_fp32 == plain.left_in_fp32
     assert files.check.cosine >= 0.999
-    pixels, output = run(files)
+    pixels, output = run(files, variant.merges, grid)
     wanted = reference_tower(files.spec, Mmproj(tiny.path), pixels, variant, output.owners, slack=4.0)
     for found, owner in zip(output.owners, wanted.owners, strict=True):
         np.testing.assert_array_equal(found, owner)
@@ -164,25 +183,27 @@ def test_int8_towers_merge_too(tiny: Tiny, cache: Path, variant: TowerVariant) -
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (TowerVariant(merges=(Merge(0, 1, 2),), sharing="shared"), r"differs from the source .* elsewhere [1-9]"),
-        (TowerVariant(merges=(Merge(0, 1, 2),), proportional=False), r"differs from the source .* elsewhere 0\.0%"),
+        (TowerKind(True, sharing="shared"), r"differs from the source .* elsewhere [1-9]"),
+        (TowerKind(True, proportional=False), r"differs from the source .* elsewhere 0\.0%"),
     ],
 )
 def test_a_merging_tower_that_differs_from_its_source_is_refused(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: TowerVariant, message: str
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: TowerKind, message: str
 ) -> None:
-    def twisted(spec: Any, mmproj: Any, path: Path, int8: Any = (), variant: Any = PLAIN, weights: Any = None) -> None:
-        write_tower(spec, mmproj, path, int8, other if variant.merges else variant, weights)
+    def twisted(
+        spec: Any, source: Any, path: Path, int8: Any, kind: Any = PLAIN.kind, weights: Any = None, half: Any = False
+    ) -> None:
+        write_tower(spec, source, path, int8, other if kind.merging else kind, weights, half)
 
     monkeypatch.setattr(tower_files, "write_tower", twisted)
     with pytest.raises(TokcompError, match=message) as fault:
-        cached_tower(tiny.path, cache=tmp_path, variant=VARIANTS[0])
-    assert "(own+0:1x2) differs" in str(fault.value)
+        cached_tower(tiny.path, cache=tmp_path, kind=KIND)
+    assert "(merging) differs" in str(fault.value)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_patch_said_to_be_elsewhere_is_a_difference_even_if_the_numbers_agree(tiny: Tiny, cache: Path) -> None:
-    check = cached_tower(tiny.path, cache=cache, variant=VARIANTS[0]).check
+    check = cached_tower(tiny.path, cache=cache, kind=KIND).check
     assert check.exact
     assert check.close
     assert not dataclasses.replace(check, misplaced=0.1).exact
@@ -191,9 +212,9 @@ def test_a_patch_said_to_be_elsewhere_is_a_difference_even_if_the_numbers_agree(
 
 
 def test_choices_that_noise_decides_are_followed_and_others_are_not(tiny: Tiny, cache: Path) -> None:
-    variant = VARIANTS[1]
-    files = cached_tower(tiny.path, cache=cache, variant=variant)
-    pixels, output = run(files, 2, seed=3)
+    _, variant = MERGES[1]
+    files = cached_tower(tiny.path, cache=cache, kind=variant.kind)
+    pixels, output = run(files, variant.merges, seed=3)
     source = Mmproj(tiny.path)
     own = reference_tower(files.spec, source, pixels, variant)
     flipped = tuple(np.roll(owner, 1, axis=0) for owner in output.owners)  # each picture as the other one merges
@@ -208,32 +229,29 @@ def test_choices_that_noise_decides_are_followed_and_others_are_not(tiny: Tiny, 
 def test_rounding_that_decides_a_merge_does_not_count_against_an_export(tmp_path: Path) -> None:
     """On nearly uniform pictures without positions, cosines lie closer together than rounding moves them."""
     tiny = write_mmproj(tmp_path / "m.gguf", reshape={"v.position_embd.weight": (37, 64)})
-    files = cached_tower(tiny.path, cache=tmp_path / "cache", variant=VARIANTS[0])
+    files, (_, variant) = cached_tower(tiny.path, cache=tmp_path / "cache", kind=KIND), MERGES[0]
     noise = np.random.default_rng(0).standard_normal((40, 3, 48, 48))
     pixels = (0.5 + 1e-5 * noise).astype(np.float32)
-    output = Tower(files.directory, provider="cpu", threads=1).encode(pixels)
-    wanted = reference_tower(files.spec, Mmproj(tiny.path), pixels, VARIANTS[0], output.owners, slack=1e-4)
+    output = opened(files).encode(pixels, variant.merges)
+    wanted = reference_tower(files.spec, Mmproj(tiny.path), pixels, variant, output.owners, slack=1e-4)
     np.testing.assert_array_equal(output.owner, wanted.owner)
     assert error(output.features, wanted.features) <= 1e-5
 
 
-def test_merges_that_cannot_be_are_refused_before_anything_is_built(tiny: Tiny, tmp_path: Path) -> None:
-    for merge, message in ((Merge(2, 1, 1), "of 3 blocks, 0 to 1 have one after"), (Merge(0, 3, 0), "at most 2")):
-        with pytest.raises(UsageError, match=message):
-            cached_tower(tiny.path, cache=tmp_path, variant=TowerVariant(merges=(merge,)))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("kind", "message"), [(KIND, "merges between blocks, and this tower has 1"), (TowerKind(block=9), "runs 3 blocks")]
+)
+def test_kinds_that_cannot_be_are_refused_before_anything_is_built(
+    tiny: Tiny, tmp_path: Path, kind: TowerKind, message: str
+) -> None:
+    tiny = write_mmproj(tmp_path / "m.gguf", layers=[1]) if kind.merging else tiny
+    with pytest.raises(UsageError, match=message):
+        cached_tower(tiny.path, cache=tmp_path / "cache", kind=kind)
+    assert not kind.merging or not (tmp_path / "cache").exists()
 
 
-def test_a_merging_tower_takes_pictures_of_its_own_size(tiny: Tiny, cache: Path) -> None:
-    files = cached_tower(tiny.path, cache=cache, variant=VARIANTS[2])
-    tower = Tower(files.directory, provider="cpu", threads=1)
-    assert tower.image_size == (48, 48)
-    with pytest.raises(ValueError, match=r"pixels must be \(B, 3, 32, 72\) float32, got \(1, 3, 48, 48\)"):
-        tower.encode(np.zeros((1, 3, 48, 48), np.float32))
-
-
-def test_the_description_names_the_variant(tiny: Tiny, cache: Path) -> None:
-    files = cached_tower(tiny.path, cache=cache, variant=VARIANTS[2])
+def test_the_description_names_the_kind(tiny: Tiny, cache: Path) -> None:
+    files = cached_tower(tiny.path, cache=cache, kind=KINDS[2])
     described = json.loads((files.directory / "tower.json").read_text(encoding="utf-8"))
-    assert described["variant"] == "4x9+0:2x1+1:2x0+unweighted"
+    assert described["kind"] == "merging+unweighted"
     assert described["check"]["misplaced"] == 0

@@ -6,11 +6,11 @@ The exporter writes a ``TowerSpec`` beside the ONNX files, so that nothing has t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from edge_tokcomp.errors import TokcompError
+from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.families.spec_checks import (
     check_blocks,
     check_choice,
@@ -149,8 +149,8 @@ class TowerSpec:
     ``image_size``, ``patch_size``: pixels; the table of positions is of ``image_size``. ``dynamic``: pictures of any
     size are meant to be fed, not crops of ``image_size`` alone. ``width``: D of a patch. ``blocks``: how many are run;
     the features are the output of the last of them. ``class_token``: row 0 is the CLS row. ``attention_block``: the
-    block whose CLS attention is an output (None without a CLS). ``image_mean``, ``image_std``: of the three channels,
-    pixels scaled to 0..1.
+    block whose CLS attention methods look at by default (None without a CLS). ``image_mean``, ``image_std``: of the
+    three channels, pixels scaled to 0..1.
 
     ``patch_bias``, ``patch_slices``: of the patch embedding: whether it has a bias, and how many convolutions a still
     picture passes (2 where a model takes pairs of frames). ``pre_norm``, ``post_norm``: norms before the first and
@@ -292,6 +292,31 @@ class TowerSpec:
     def patches(self) -> int:
         """N, the tokens of one crop of ``image_size``."""
         return self.grid[0] * self.grid[1]
+
+    def block(self, number: int | None) -> int:
+        """The block of that number, counted from the last where it is negative; for None the one whose attention
+        methods look at by default: ``attention_block``, without a CLS the last.
+
+        Raises ``UsageError`` for one that is not run.
+        """
+        if number is None:
+            return self.blocks - 1 if self.attention_block is None else self.attention_block
+        if not -self.blocks <= number < self.blocks:
+            raise UsageError(
+                f"block {number}: this tower runs {self.blocks} blocks, 0 to {self.blocks - 1}, or -{self.blocks} to "
+                "-1 counted from the last"
+            )
+        return number % self.blocks
+
+    @property
+    def window_patches(self) -> int | None:
+        """Patches a side of a window, None where attention is not windowed."""
+        return None if self.window is None else self.window.side * self.merge
+
+    @property
+    def whole_blocks(self) -> Collection[int]:
+        """Blocks whose patches attend to all others."""
+        return range(self.blocks) if self.window is None else self.window.whole
 
     @property
     def cls_rows(self) -> int:

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import TokcompError, UsageError
-from .base import Candidates, Choice, Merges, Method, Picks, Scores, TowerMethod
+from .base import AttentionMethod, Candidates, Choice, Merges, Method, Picks, Scores, TowerMethod
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
@@ -33,8 +33,8 @@ from .visionzip import VisionZip
 from .vispruner import VisPruner
 
 __all__ = [
-    "METHODS", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "TowerMethod", "get_method",
-    "information_score", "method_table",
+    "METHODS", "AttentionMethod", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "TowerMethod",
+    "get_method", "information_score", "method_table",
 ]  # fmt: skip
 
 GROUP = "edge_tokcomp.methods"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, final
 
@@ -23,7 +23,7 @@ from ..errors import TokcompError, UsageError
 from ..tokens import Array, Ints, Plan, Role, VisionTokens
 from ..variant import TowerVariant
 from .kernels import like, to_numpy, top_k
-from .options import check_options, spell
+from .options import check_options, options_of, spell
 
 Stats = Mapping[str, float]
 
@@ -141,7 +141,8 @@ class Method(ABC):
 
     def __str__(self) -> str:
         """The text that ``get_method`` reads back: name and options that differ from their defaults."""
-        values = {f.name.rstrip("_"): getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        options = [(field.name, getattr(self, field.name), field.default) for field in options_of(self)]
+        values = {name.rstrip("_"): value for name, value, default in options if value != default}
         return self.name + ":" * bool(values) + ",".join(f"{name}={spell(value)}" for name, value in values.items())
 
     @property
@@ -242,13 +243,31 @@ class Method(ABC):
 
 
 @dataclass(frozen=True)
+class AttentionMethod(Method):
+    """A method that looks at attention or keys inside the tower.
+
+    ``block``: of the tower's, which one's; negative ones count from the last that is run. By default the one whose
+    output the projector takes.
+    """
+
+    block: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block is not None and not (self.needs | self.wants) & {"cls_attention", "keys"}:
+            raise UsageError(f"{self}: with these options it looks at no block's attention; leave block out")
+
+
+@dataclass(frozen=True)
 class TowerMethod(Method):
     """A method that acts before the tower's output, by having the tower run otherwise; all that comes out is kept."""
 
     @abstractmethod
-    def variant(self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1) -> TowerVariant:
-        """How a tower of ``grid`` tokens and ``blocks`` blocks is to be run for at most ``wanted`` tokens a crop;
-        ``side``: patches a side of one token."""
+    def variant(
+        self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1, window: int | None = None
+    ) -> TowerVariant:
+        """How a tower of ``blocks`` blocks is to be run for at most ``wanted`` tokens of a crop of ``grid``; ``side``:
+        patches a side of one token, ``window``: of a window of attention, None where it is whole."""
 
     @final
     def choose(self, rows: Candidates, k: int) -> Choice:

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from ..budget import share
 from ..errors import UsageError
-from .base import Candidates, Method, Picks
+from .base import AttentionMethod, Candidates, Picks
 from .kernels import gram, to_numpy, top_k, unit_rows
 
 _ATTENTION, _CONTEXT = 1e3, 0.09
 
 
 @dataclass(frozen=True)
-class HoloV(Method):
+class HoloV(AttentionMethod):
     """Each crop's tokens, in raster order, fall into ``chunks`` runs of equal length. A chunk's quota goes by its mean
     score; inside it the tokens of most CLS attention are taken.
 

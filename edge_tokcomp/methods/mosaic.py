@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from ..errors import UsageError
 from ..tokens import Array
-from .base import Candidates, Merges, Method
+from .base import AttentionMethod, Candidates, Merges
 from .kernels import blocks, directions, gram, like, settle, to_numpy
 from .selection import coverage
 
@@ -20,7 +20,7 @@ _LEAST = 0.05
 
 
 @dataclass(frozen=True)
-class Mosaic(Method):
+class Mosaic(AttentionMethod):
     """In each crop, greedy coverage by likeness in looks and place; what is dropped goes into what covers it.
 
     1. *Likeness* of two patches: ``exp(-(1 - cosine) / temperature) * exp(-distance ** 2 / (2 r ** 2))``. The cosine is

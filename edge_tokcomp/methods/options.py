@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -38,7 +38,7 @@ def read_options(method: str, text: str) -> dict[str, Any]:
 
 def match_options(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     """``options`` under the names of ``cls``'s fields (``lambda`` finds ``lambda_``); unknown ones are refused."""
-    known = {field.name.rstrip("_"): field.name for field in fields(cls)}
+    known = {field.name.rstrip("_"): field.name for field in options_of(cls)}
     for name in options:
         if name.rstrip("_") not in known:
             valid = ", ".join(known) if known else "none"
@@ -54,8 +54,13 @@ def describe_options(cls: type[Any]) -> dict[str, dict[str, Any]]:
             "default": None if field.default is MISSING else field.default,
             "accepts": _wording(hints[field.name]),
         }
-        for field in fields(cls)
+        for field in options_of(cls)
     }
+
+
+def options_of(method: Any) -> list[Field[Any]]:
+    """The fields of a method or its class, its own before those that all of its kind have."""
+    return sorted(fields(method), key=lambda field: field.kw_only is True)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

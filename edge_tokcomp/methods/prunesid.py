@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..budget import share
 from ..errors import UsageError
 from ..tokens import Array, Ints
-from .base import Candidates, Method, Picks
+from .base import AttentionMethod, Candidates, Picks
 from .eigenvectors import leading_eigenvectors
 from .kernels import blocks, gram, like, settle, to_numpy, unit_rows
 
@@ -29,7 +29,7 @@ _EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
-class PruneSID(Method):
+class PruneSID(AttentionMethod):
     """The released LLaVA code. With K the crop's budget, a kept CLS included:
 
     1. Tokens join the principal component (of ``groups``, K // 4) on which they project longest.

@@ -18,7 +18,9 @@ class Resolution(TowerMethod):
     title: ClassVar[str] = "Lower input resolution"
     source: ClassVar[str] = "baseline"
 
-    def variant(self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1) -> TowerVariant:
+    def variant(
+        self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1, window: int | None = None
+    ) -> TowerVariant:
         """The largest such grid within the tower's own."""
         return TowerVariant(grid=in_proportion(wanted, grid))
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import UsageError
-from .base import Candidates, Method, Picks
+from .base import AttentionMethod, Candidates, Picks
 from .kernels import blocks, gram, unit_rows
 from .selection import coverage
 
 
 @dataclass(frozen=True)
-class SCOPE(Method):
+class SCOPE(AttentionMethod):
     """In each crop, again and again the token of highest saliency ** ``alpha`` times gain in coverage.
 
     Saliency is CLS attention summed over heads. A token covers another as well as their features' cosine says,

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..tokens import Array
-from .base import Candidates, Method, Picks
+from .base import AttentionMethod, Candidates, Picks
 from .kernels import like, settle, to_numpy, unit_rows
 from .selection import Cosines, farthest
 
 
 @dataclass(frozen=True)
-class ToDRE(Method):
+class ToDRE(AttentionMethod):
     """Greedy diversity at language width, over all crops: begin with a pivot, then add the token
 
     * ``max_sum`` (v2): whose summed cosine to those chosen is smallest;

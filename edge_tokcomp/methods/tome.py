@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Candidates, Merges, Method
+from .base import AttentionMethod, Candidates, Merges
 from .kernels import settle, to_numpy, top_k, unit_rows
 
 
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(AttentionMethod):
     """In each crop, pass after pass: tokens in raster order fall alternately into two sets, each of the first finds the
     one most like it in the second, and the pairs most alike merge, weighted by how many tokens each stands for. A pass
     merges at most half of the tokens; the last merges what is over.

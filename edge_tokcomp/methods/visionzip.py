@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..errors import UsageError
-from .base import Candidates, Merges, Method
+from .base import AttentionMethod, Candidates, Merges
 from .kernels import like, settle, to_numpy, top_k, unit_rows
 
 
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(AttentionMethod):
     """In each crop, ``dominant`` tokens of most CLS attention stay as they are. Of the others, evenly spaced targets
     take in the rest, each the ones most like it.
 

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..errors import UsageError
-from .base import Candidates, Method, Picks
+from .base import AttentionMethod, Candidates, Picks
 from .kernels import gram, like, settle, to_numpy, top_k, unit_rows
 
 
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(AttentionMethod):
     """In each crop, the share ``important`` of the budget goes to the tokens of most CLS attention (mean of heads).
 
     The others stand in order of attention and are thinned out: of every second token, up to ``step`` with the highest
