@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as Pil
 from threadpoolctl import ThreadpoolController
 
@@ -20,13 +19,14 @@ from .image_rows import image_rows
 from .images import Image, open_image, wrap_image
 from .methods import Method, TowerMethod
 from .methods.none import NoCompression
+from .tokens import Rows
 
 Picture = Any
 """A path, encoded bytes, a PIL image, an ``(H, W, 3) uint8`` array, an ``images.Image``, a ``SeenImage`` or an
 ``EncodedImage``."""
 
-Embed = Callable[[str | Tokens, bool], NDArray[np.float32]]
-"""``(text, special)`` to ``(n, width)``: a language model's own rows for a text; ``special`` obeys its tokens."""
+Embed = Callable[[str | Tokens, bool], Rows]
+"""``(text, special)`` to a language model's own rows for a text; ``special`` obeys its tokens."""
 
 
 WHOLE = NoCompression()
@@ -52,10 +52,10 @@ class ImageEncoder:
         started = time.perf_counter()
         image = seen.image if seen else self._open(picture)
         variant = self.engine.variant(method, keep, image.picture)
-        if seen and seen.variant == variant:
+        if seen and seen.variant.serves(variant):
             return seen
         decode = seen.timings_ms["decode"] if seen else (time.perf_counter() - started) * 1e3
-        look = self.engine.look(image.picture, variant)
+        look = self.engine.look(image.picture, variant, image.sha256)
         return SeenImage(image, look.tokens, look.parts, {"decode": decode, **look.timings_ms}, variant, look.owner)
 
     def compress(
@@ -68,7 +68,7 @@ class ImageEncoder:
         seen = self.see(seen, method, keep)
         started, tokens = time.perf_counter(), seen.tokens
         asked = "query" in method.needs | method.wants
-        query = self._embed(question, False) if asked else None
+        query = self._embed(question, False).embeddings if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
             # What a method of the tower's leaves is kept, all of it where it has nothing to do.
             chooser = WHOLE if isinstance(method, TowerMethod) else method
@@ -81,7 +81,7 @@ class ImageEncoder:
             rows, method, keep, question if asked else None, share,
         )  # fmt: skip
 
-    def _text(self, text: str | Tokens) -> NDArray[np.float32]:
+    def _text(self, text: str | Tokens) -> Rows:
         return self._embed(text, True)
 
     def _open(self, picture: Picture) -> Image:

@@ -14,15 +14,17 @@ from typing import Literal
 import numpy as np
 from PIL import Image as Pil
 
+from . import __version__
 from .answers import Look
 from .budget import tokens_to_keep
+from .encoded_cache import EncodedCache
 from .errors import TokcompError, UsageError
 from .families.base import Part, Tokens
 from .files import fingerprint
 from .language.model import LanguageModel
 from .language.mtmd import ImagePiece, MtmdEncoder, TextPiece
-from .methods import Method, TowerMethod
-from .tokens import Layout, VisionTokens
+from .methods import AttentionMethod, Method, TowerMethod
+from .tokens import Layout, Origin, Places, Role, VisionTokens
 from .variant import PLAIN, TowerVariant
 
 MARK = "<__media__>"
@@ -30,7 +32,7 @@ MARK = "<__media__>"
 
 
 class MtmdEngine:
-    """libmtmd's tower of ``mmproj`` for ``model``; ``why`` it is used."""
+    """libmtmd's tower of ``mmproj`` for ``model``; ``why`` it is used; ``cache``: of what it said."""
 
     name = "mtmd"
     precision = "gguf"
@@ -39,9 +41,11 @@ class MtmdEngine:
     written = MARK
     sizes_differ = True
 
-    def __init__(self, mmproj: Path, model: LanguageModel, *, threads: int, gpu: bool, why: str) -> None:
+    def __init__(
+        self, mmproj: Path, model: LanguageModel, *, threads: int, gpu: bool, why: str, cache: EncodedCache
+    ) -> None:
         self.mmproj, self.reason = mmproj, f"llama.cpp's own (mtmd), on the {'GPU' if gpu else 'CPU'}: {why}"
-        self._model = model
+        self._model, self.on_gpu, self._threads, self.cache = model, gpu, threads, cache
         self._encoder = MtmdEncoder(mmproj, model, threads=threads, gpu=gpu)
         self.row_width, self.causal = self._encoder.row_width, self._encoder.causal
         self.family_name = self._encoder.projector
@@ -64,12 +68,22 @@ class MtmdEngine:
             raise TokcompError(f"{folder}: cannot be written ({fault.strerror}); set EDGE_TOKCOMP_CACHE") from fault
         return folder
 
+    @cached_property
+    def _words(self) -> str:
+        """Tells vocabularies apart, in which markers have their tokens."""
+        return fingerprint(self._model.path)
+
     def variant(self, method: Method, keep: int | float, picture: Pil.Image | None = None) -> TowerVariant:
         """Plain; raises ``UsageError`` for methods that have the tower run otherwise."""
         if isinstance(method, TowerMethod):
             raise UsageError(
                 f"method {method.name} acts in the tower or before it, and this one is llama.cpp's own "
                 f"({self.family_name}); choose another method"
+            )
+        if isinstance(method, AttentionMethod) and method.block is not None:
+            raise UsageError(
+                f"method {method}: the block is of our own towers, and this one is llama.cpp's own "
+                f"({self.family_name}); leave block out"
             )
         return PLAIN
 
@@ -79,11 +93,17 @@ class MtmdEngine:
             return self.crop_tokens
         return keep if isinstance(keep, int) else tokens_to_keep(keep, self.crop_tokens)
 
-    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Look:
-        """Have libmtmd prepare ``picture`` and encode its crops."""
-        started = time.perf_counter()
-        pieces = self._encoder.encode(np.asarray(picture))
-        preprocess = self._encoder.preparing_s * 1e3
+    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN, content: str = "") -> Look:
+        """Have libmtmd prepare ``picture`` and encode its crops, unless ``cache`` holds what it says of this
+        ``content``, a digest."""
+        started, preprocess = time.perf_counter(), 0.0
+        key = f"{content} {self.directory.name} {self._words} {__version__}"
+        pieces = self.cache.get(key, (ImagePiece, TextPiece)) if content else None
+        if pieces is None:
+            pieces = self._encoder.encode(np.asarray(picture))
+            preprocess = self._encoder.preparing_s * 1e3
+            if content:
+                self.cache.put(key, pieces)
         encode = (time.perf_counter() - started) * 1e3 - preprocess
         images = [piece for piece in pieces if isinstance(piece, ImagePiece)]
         parts: list[Part] = []
@@ -96,29 +116,47 @@ class MtmdEngine:
 
     def _tokens(self, images: list[ImagePiece]) -> VisionTokens:
         rows = np.concatenate([image.embeddings for image in images])
-        layout = Layout.of_grids(*(self._grid(image) for image in images))
+        layout = self._layout(images)
         if self.positions == "line" or self.row_width == self._model.n_embd:
             return VisionTokens(rows, layout)
         # Deepstack: further columns, which enter the language model deeper down.
         own, further = np.split(rows, [self._model.n_embd], axis=1)
         return VisionTokens(own, layout, np.asarray, carried=further)
 
-    def _grid(self, image: ImagePiece) -> tuple[int, int]:
-        count = len(image.embeddings)
-        if self.positions == "line":
-            return image.grid or (1, count)
-        if image.grid is None or image.positions is None or image.moving is None:
-            raise TokcompError(f"{self.mmproj}: where its rows stand ({self.family_name}) is not supported")
-        row, column = np.divmod(np.arange(count), image.grid[1])
-        nothing = np.zeros(count, np.int64)
-        expected = np.stack([nothing, row, column, nothing])
-        moving = np.array([1, 1, 1, 0])[:, None]
-        if not (np.array_equal(image.positions, expected) and (image.moving == moving).all()) or image.n_pos != max(
-            image.grid
-        ):
-            raise TokcompError(f"{self.mmproj}: where its rows stand ({self.family_name}) is not supported")
-        return image.grid
+    def _layout(self, images: list[ImagePiece]) -> Layout:
+        counts = [len(image.cell) for image in images]
+        cell, places = np.concatenate([image.cell for image in images]), None
+        if self.positions == "grid" and not all(map(_on_its_grid, images)):
+            places = Places(
+                np.concatenate([image.positions for image in images if image.positions is not None], axis=1),
+                np.concatenate([image.origin for image in images if image.origin is not None], axis=1),
+                tuple(image.n_pos for image in images),
+            )
+        return Layout(
+            tuple(image.grid or (1, count) for image, count in zip(images, counts, strict=True)),
+            np.repeat(np.arange(len(images)), counts), cell,
+            np.where(cell < 0, Role.SEPARATOR, Role.PATCH).astype(np.int8), places=places,
+            padding=images[0].padding,
+        )  # fmt: skip
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on, which takes opening the tower anew."""
+        if threads != self._threads:
+            self._encoder.close()
+            self._encoder = MtmdEncoder(self.mmproj, self._model, threads=threads, gpu=self.on_gpu)
+            self._threads = threads
 
     def close(self) -> None:
         """Free the tower."""
         self._encoder.close()
+
+
+def _on_its_grid(image: ImagePiece) -> bool:
+    """Whether all its rows stand at row and column of its grid, at one time, and the text where the grid ends."""
+    if image.grid is None or image.positions is None or image.origin is None:
+        return False
+    row, column = np.divmod(image.cell, image.grid[1])
+    at = np.stack([0 * row, row, column, 0 * row])
+    origin = np.array([Origin.START] * 3 + [Origin.NOTHING])[:, None]
+    alike = np.array_equal(image.positions, at) and bool((image.origin == origin).all())
+    return alike and image.n_pos == max(image.grid)

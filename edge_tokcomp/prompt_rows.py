@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import pairwise, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .answers import EncodedImage
-from .image_rows import ImageRows
-from .language.decoder import Decoder
+from .image_rows import ImageRows, shifted
 from .language.token_embedding import TokenEmbedding
-from .tokens import Rows
+from .tokens import Origin, Rows
 
 
 def prompt_parts(
     embedding: TokenEmbedding, pieces: Sequence[NDArray[np.int32]], images: Sequence[EncodedImage]
 ) -> list[ImageRows]:
-    """Text and images in turn, text first and last; crops are numbered through all images."""
-    parts, crops = [], 0
-    for piece, image in zip_longest(pieces, images):
-        count = len(piece)
-        places = np.arange(count, dtype=np.int32)
-        parts.append(ImageRows(embedding.lookup(piece), np.full(count, -1, np.int64), places, count))
+    """Text and images in turn, text first and last; images, and crops through all of them, are numbered."""
+    parts: list[ImageRows] = []
+    crops = 0
+    for number, (piece, image) in enumerate(zip_longest(pieces, images)):
+        parts.append(ImageRows.of_text(embedding.rows(piece, 0)))
         if image is not None:
-            rows = image.rows
+            rows = image.rows.aligned(sum(part.advance for part in parts))
             crop = np.where(rows.crop >= 0, rows.crop + crops, -1)
-            parts.append(ImageRows(rows.embeddings, crop, rows.positions, rows.advance))
+            places = shifted(rows.positions, rows.origin, number, Origin.PICTURE)
+            parts.append(replace(rows, crop=crop, positions=places))
             crops += len(image.tokens.layout.grids)
     return parts
 
 
 def rows_of(parts: Sequence[ImageRows], start: int, sequence: int) -> list[Rows]:
-    """``parts`` from position ``start`` on, none of whose logits are wanted; empty ones are left out."""
+    """``parts`` from position ``start`` on, none of whose logits are wanted.
+
+    The text around and between crops is apart from their rows: these may see one another, but text only looks back.
+    """
     made = []
     for part in parts:
-        if len(part):
-            places = part.positions.copy()
-            places[: 3 if places.ndim == 2 else None] += np.int32(start)
-            made.append(Rows(part.embeddings, places, sequence, np.zeros(len(part), np.bool_), part.crop))
+        places = shifted(part.positions, part.origin, start)
+        cuts = [0, *(np.flatnonzero(np.diff(part.crop < 0)) + 1).tolist(), len(part)]
+        for piece in (slice(*ends) for ends in pairwise(cuts)) if len(part) else ():
+            made.append(
+                Rows(
+                    part.embeddings[piece], places[..., piece], sequence, np.zeros(len(part), np.bool_)[piece],
+                    part.crop[piece], part.tokens[piece],
+                )
+            )  # fmt: skip
         start += part.advance
     return made
-
-
-def feed(decoder: Decoder, rows: Sequence[Rows], *, causal: bool) -> None:
-    """Decode ``rows``; without ``causal`` those of each image see one another, which takes a batch of their own."""
-    if causal:
-        if rows:
-            decoder.decode(rows)
-        return
-    for one in rows:
-        decoder.decode([one], causal=bool(one.crop is None or (one.crop < 0).all()))

@@ -39,6 +39,30 @@ class Role(enum.IntEnum):
     """The tower's class token: offered to methods, not part of the uncompressed image."""
 
 
+class Origin(enum.IntEnum):
+    """What a position is counted from."""
+
+    NOTHING = 0
+    START = 1
+    """The position at which the picture begins, or within it the crop."""
+    PICTURE = 2
+    """The picture's number in the prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where an image's rows stand in an M-RoPE model, when row and column of a grid do not tell.
+
+    ``at (4, N) int32``: the positions of each row in llama.cpp's order, in a prompt's first picture and a crop that
+    starts at 0. ``origin (4, N) int8``: an ``Origin`` each. ``advance``: of each crop how far on the text after it
+    stands.
+    """
+
+    at: NDArray[np.int32]
+    origin: NDArray[np.int8]
+    advance: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where every row of one image lies.
@@ -50,6 +74,9 @@ class Layout:
     ``overview``: the crop that is a thumbnail of the whole picture, of which the other crops are parts. Where there is
     none, crops are equals: frames of a video, tiles.
     ``whole``: rows of the uncompressed image, where these are fewer because the tower was run otherwise; else None.
+    ``places``: positions, where rows stand neither at their cells nor one behind the other, as text does; else None.
+    ``padding``: of the first rows so many are left out that the row behind them comes last in a block of ``padding +
+    1`` positions.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -58,6 +85,8 @@ class Layout:
     role: NDArray[np.int8]
     overview: int | None = None
     whole: int | None = None
+    places: Places | None = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if not (self.crop.shape == self.cell.shape == self.role.shape) or self.crop.ndim != 1:
@@ -317,6 +346,7 @@ class Rows:
     ``embeddings (n, n_embd_inp) float32``; ``positions (n,) int32``, or ``(4, n)`` for M-RoPE; ``sequence``: the id of
     the sequence the rows belong to; ``want_logits (n,) bool``: rows whose logits are asked for (last only by default).
     ``crop (n,) int64``: of an image row the image, crop or frame it belongs to, -1 for text; all text by default.
+    ``tokens (n,) int32``: of a text row the token that it embeds; models that take ids instead of rows need them.
     """
 
     embeddings: NDArray[np.float32]
@@ -324,6 +354,7 @@ class Rows:
     sequence: int = 0
     want_logits: NDArray[np.bool_] | None = None
     crop: Ints | None = None
+    tokens: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.embeddings)
@@ -336,6 +367,8 @@ class Rows:
             raise ValueError(f"want_logits {self.want_logits.shape} must be ({count},)")
         if self.crop is not None and self.crop.shape != (count,):
             raise ValueError(f"crop {self.crop.shape} must be ({count},)")
+        if self.tokens is not None and self.tokens.shape != (count,):
+            raise ValueError(f"tokens {self.tokens.shape} must be ({count},)")
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def random_rows(count: int, start: int = 0, sequence: int = 0, *, seed: int = 0,
 
 def wanting_all(rows: Rows) -> Rows:
     """The same rows, with the logits of each asked for."""
-    return Rows(rows.embeddings, rows.positions, rows.sequence, np.ones(len(rows), np.bool_))
+    return replace(rows, want_logits=np.ones(len(rows), np.bool_))
 
 
 def image_prompt() -> tuple[Floats, NDArray[np.int32]]:

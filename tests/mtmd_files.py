@@ -12,10 +12,26 @@ import hf_vlms
 from hf_language import write_language
 from hf_mmproj import write_mmproj_of
 from hf_processors import CHAT_TEMPLATES, make_tokenizer
+from mtmd_further_towers import write_cogvlm, write_deepseek4v, write_gemma3n, write_gemma4, write_hunyuanvl
 from mtmd_towers import write_glm4v, write_marked, write_minicpmv
+from tiny_models import ARCHITECTURES
+from tiny_token_models import write_token_model
 
 Picture = NDArray[np.uint8]
-FAMILIES = (*hf_vlms.FAMILIES, "minicpmv", "glm4v")
+_OTHERS = {
+    "minicpmv": ("llama", 128, write_minicpmv, ("<image>", "</image>", "<slice>", "</slice>")),
+    "glm4v": ("qwen2vl", 64, write_glm4v, ("<|begin_of_image|>", "<|end_of_image|>")),
+    "cogvlm": ("cogvlm", 64, write_cogvlm, ()),
+    "gemma3n": ("gemma3n", 64, write_gemma3n, ("<start_of_image>", "<end_of_image>")),
+    "gemma4": ("gemma4", 64, write_gemma4, ("<|image>", "<image|>")),
+    "gemma4_e2b": ("gemma4_e2b", 1536, write_gemma4, ("<|image>", "<image|>")),
+    "deepseek4v": ("deepseek4", 64, write_deepseek4v, ()),
+    "hunyuanvl": (
+        "hunyuan_vl", 64, write_hunyuanvl, ("<｜hy_place▁holder▁no▁100｜>", "<｜hy_place▁holder▁no▁101｜>")
+    ),
+}  # fmt: skip
+"""Architecture and width of the language model, its tower, and the markers that its vocabulary has."""
+FAMILIES = (*hf_vlms.FAMILIES, *_OTHERS)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Picture:
@@ -33,12 +49,13 @@ class Files:
         lm, mmproj = self.folder / f"{family}.gguf", self.folder / f"{family}.mmproj.gguf"
         if family in self.made:
             return self.made[family]
-        if family == "minicpmv":
-            markers = ("<image>", "</image>", "<slice>", "</slice>")
-            self.made[family] = write_marked(lm, "llama", 128, markers), write_minicpmv(mmproj)
-        elif family == "glm4v":
-            markers = ("<|begin_of_image|>", "<|end_of_image|>")
-            self.made[family] = write_marked(lm, "qwen2vl", 64, markers), write_glm4v(mmproj)
+        if family in _OTHERS:
+            architecture, width, tower, markers = _OTHERS[family]
+            if architecture in ARCHITECTURES:
+                write_marked(lm, architecture, width, markers)
+            else:
+                write_token_model(lm, architecture, markers)
+            self.made[family] = lm, tower(mmproj, width)
         else:
             model, tokenizer = hf_vlms.build(family), make_tokenizer(family)
             write_language(model, family, lm, tokenizer, CHAT_TEMPLATES[family])

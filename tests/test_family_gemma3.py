@@ -15,8 +15,9 @@ from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder, TextPiece
 from edge_tokcomp.language.prompt import chat_prompt
+from edge_tokcomp.language.requests import feed
 from edge_tokcomp.language.token_embedding import TokenEmbedding
-from edge_tokcomp.prompt_rows import feed, prompt_parts, rows_of
+from edge_tokcomp.prompt_rows import prompt_parts, rows_of
 from family_proof import Proof, assert_same_rows, assert_same_text, error, our_greedy, photo
 from hf_processors import make_processor, make_tokenizer
 from hf_vlms import HALF, build
@@ -71,9 +72,9 @@ def test_a_further_question_goes_on_from_the_rows_that_are_there(proof: Proof) -
     with proof.open() as vlm:
         encoded = vlm.encode_all(images)
         our_greedy(vlm, encoded, "which is larger", 2)
-        held, before = vlm._held, vlm.decoder.length(0)
+        held, before = vlm.asker._held, vlm.decoder.length(0)
         said, logits = our_greedy(vlm, encoded, "what is this", 8)
-        assert vlm._held == held
+        assert vlm.asker._held == held
         assert vlm.decoder.length(0) == before
     theirs, wanted = proof.greedy(images, "what is this", 8)
     assert said == theirs

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as llama
-import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -20,14 +15,14 @@ from edge_tokcomp.language.gguf_header import read_header
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder, TextPiece
 from edge_tokcomp.language.token_embedding import TokenEmbedding
-from edge_tokcomp.tokens import Rows
+from edge_tokcomp.tokens import Origin, Rows
 from mtmd_files import FAMILIES, Files, Picture, noise
+from mtmd_helper import CONTEXT, helper_logits
 
 Floats = NDArray[np.float32]
 Opened = tuple[LanguageModel, MtmdEncoder]
 
 BEFORE, AFTER = "<|im_start|>the picture ", " the other\n"
-CONTEXT = 4096
 
 
 @pytest.fixture(scope="module")
@@ -57,66 +52,15 @@ def our_logits(model: LanguageModel, encoder: MtmdEncoder, picture: Picture) -> 
                 (logits,) = decoder.decode([embedding.rows(piece.tokens, place)])
                 place += len(piece.tokens)
                 continue
-            positions = np.arange(place, place + len(piece.embeddings), dtype=np.int32)
-            if piece.positions is not None and piece.moving is not None:
-                positions = piece.positions + place * piece.moving
-            decoder.decode([Rows(piece.embeddings, positions)], causal=encoder.causal)
-            place += piece.n_pos
+            spare = place % (piece.padding + 1)
+            positions = np.arange(place, place + len(piece.embeddings) - spare, dtype=np.int32)
+            if piece.positions is not None and piece.origin is not None:
+                positions = piece.positions + np.int32(place) * (piece.origin == Origin.START)
+            image = np.zeros(len(positions.T), np.int64)
+            decoder.decode([Rows(piece.embeddings[spare:], positions, crop=image)], causal=encoder.causal)
+            place += piece.n_pos - spare
         assert decoder.length(0) == place
     return logits[0]
-
-
-def helper_logits(model: LanguageModel, mmproj: Path, picture: Picture) -> Floats:
-    """Of the last row, by libmtmd's helper in a llama.cpp context made here; nothing of ours but the open model."""
-    parameters = llama.llama_context_default_params()
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = CONTEXT, 512, 512, 1
-    parameters.n_threads = parameters.n_threads_batch = 1
-    parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
-    parameters.flash_attn_type, parameters.swa_full = 0, True
-    context = llama.llama_init_from_model(model.handle.pointer, parameters)
-    encoding = mtmd.mtmd_context_params_default()
-    encoding.use_gpu, encoding.n_threads, encoding.warmup = False, 1, False
-    tower = mtmd.mtmd_init_from_file(os.fsencode(mmproj), model.handle.pointer, encoding)
-    pixels = np.ascontiguousarray(picture).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    bitmap = mtmd.mtmd_bitmap_init(picture.shape[1], picture.shape[0], pixels)
-    chunks = mtmd.mtmd_input_chunks_init()
-    prompt = BEFORE.encode() + mtmd.mtmd_default_marker() + AFTER.encode()
-    text = mtmd.mtmd_input_text(prompt, len(prompt), False, True)
-    assert mtmd.mtmd_tokenize(tower, chunks, text, (ctypes.c_void_p * 1)(bitmap), 1) == 0
-    past = llama.llama_pos()
-    if "v.token_embd.img_break" in read_header(mmproj).tensors:
-        decode_mended(tower, context, chunks, mmproj, past)
-    else:
-        assert mtmd.mtmd_helper_eval_chunks(tower, context, chunks, 0, 0, 512, True, ctypes.byref(past)) == 0
-    logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (model.n_vocab,)).copy()
-    mtmd.mtmd_input_chunks_free(chunks)
-    mtmd.mtmd_bitmap_free(bitmap)
-    mtmd.mtmd_free(tower)
-    llama.llama_free(context)
-    return logits
-
-
-def decode_mended(tower: Any, context: Any, chunks: Any, mmproj: Path, past: Any) -> None:
-    """As ``mtmd_helper_eval_chunks``, with Pixtral's row ends as the file has them: now and then libmtmd's are not
-    finite, because it makes them of memory that nobody has written."""
-    header = read_header(mmproj)
-    tensor = header.tensors["v.token_embd.img_break"]
-    row_break = np.fromfile(mmproj, np.float32, tensor.shape[0], offset=tensor.offset)
-    count = mtmd.mtmd_input_chunks_size(chunks)
-    for number in range(count):
-        chunk = mtmd.mtmd_input_chunks_get(chunks, number)
-        place, last = ctypes.byref(past), number == count - 1
-        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            assert mtmd.mtmd_helper_eval_chunk_single(tower, context, chunk, past, 0, 512, last, place) == 0
-            continue
-        assert mtmd.mtmd_encode_chunk(tower, chunk) == 0
-        output = mtmd.mtmd_get_output_embd(tower)
-        rows = np.ctypeslib.as_array(output, (mtmd.mtmd_input_chunk_get_n_tokens(chunk), len(row_break)))
-        rows[~np.isfinite(rows).all(axis=1)] = row_break
-        callback = mtmd.mtmd_helper_post_decode_callback()
-        assert (
-            mtmd.mtmd_helper_decode_image_chunk(tower, context, chunk, output, past, 0, 512, place, callback, None) == 0
-        )
 
 
 @of(*FAMILIES)
@@ -124,7 +68,7 @@ def decode_mended(tower: Any, context: Any, chunks: Any, mmproj: Path, past: Any
 def test_our_rows_at_our_positions_give_the_logits_of_libmtmds_own_helper(opened: Opened, size: Any) -> None:
     model, encoder = opened
     picture = noise(*size)
-    wanted = helper_logits(model, encoder.path, picture)
+    wanted = helper_logits(model, encoder.path, (BEFORE, AFTER), [picture])
     assert np.abs(our_logits(model, encoder, picture) - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
@@ -144,8 +88,9 @@ def test_rows_of_an_m_rope_model_stand_on_the_pictures_grid(opened: Opened) -> N
     row, column = np.mgrid[:13, :8].reshape(2, -1)
     assert image.positions is not None
     np.testing.assert_array_equal(image.positions, [0 * row, row, column, 0 * row])
-    assert image.moving is not None
-    np.testing.assert_array_equal(image.moving, np.repeat([[1], [1], [1], [0]], 13 * 8, axis=1))
+    assert image.origin is not None
+    start_of = [[Origin.START]] * 3 + [[Origin.NOTHING]]
+    np.testing.assert_array_equal(image.origin, np.repeat(start_of, 13 * 8, axis=1))
 
 
 @of("idefics3")

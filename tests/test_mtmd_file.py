@@ -12,10 +12,11 @@ from gguf import GGMLQuantizationType as Kind
 
 import hf_vlms
 from edge_tokcomp.errors import TokcompError
-from edge_tokcomp.export.gguf_parts import Tensor
+from edge_tokcomp.export.gguf_parts import Tensor, entry
 from edge_tokcomp.language.gguf_header import read_header
 from edge_tokcomp.language.mtmd_file import check_projector, served_projectors
 from hf_mmproj import write_mmproj_of
+from mtmd_further_towers import write_cogvlm, write_deepseek4v, write_gemma3n, write_hunyuanvl
 from mtmd_survivors import head, write
 from tiny_mmproj import write_mmproj
 from tiny_models import write_tiny_llama
@@ -54,8 +55,6 @@ def refused(path: Path) -> str:
         ("clip.has_vision_encoder", False, "holds no vision tower, as an mmproj for audio does"),
         ("clip.projector_type", "ultravox", "projector type 'ultravox' is unknown to the installed llama.cpp"),
         ("clip.projector_type", None, "projector type '' is unknown"),
-        ("clip.projector_type", "hunyuanvl", "projector type 'hunyuanvl' counts the pictures of a prompt"),
-        ("clip.projector_type", "deepseek4v", "projector type 'deepseek4v' pads a picture by where it stands"),
         ("clip.vision.patch_size", None, "clip.vision.patch_size is missing"),
         ("clip.vision.patch_size", 0, "clip.vision.patch_size is 0, not 1 to 1024"),
         ("clip.vision.block_count", 0, "clip.vision.block_count is 0"),
@@ -86,6 +85,34 @@ def test_metadata_that_llama_cpp_would_end_the_process_for_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("made", "name", "shape", "says"),
+    [
+        (write_cogvlm, "mm.gate.weight", (96, 47), "mm.gate.weight is (47, 96), its metadata asks for (48, 96)"),
+        (write_cogvlm, "mm.post_fc_norm.bias", (47,), "mm.post_fc_norm.bias is (47,), its weight (48,)"),
+        (write_cogvlm, "v.eoi", (63,), "v.eoi is (63,), its metadata asks for (64,)"),
+        (write_cogvlm, "v.blk.0.attn_qkv.bias", None, "tensor v.blk.0.attn_qkv.bias is missing"),
+        (write_cogvlm, "v.position_embd.weight", (36, 32), "v.position_embd.weight is (32, 36), its metadata asks"),
+        (write_hunyuanvl, "mm.0.weight", (48, 32, 3, 2), "mm.0.weight is (2, 3, 32, 48), its metadata asks for (2, 2"),
+        (write_hunyuanvl, "v.image_newline", (95,), "v.image_newline is (95,), its metadata asks for (96,)"),
+        (write_hunyuanvl, "mm.image_end", (63,), "mm.image_end is (63,), its metadata asks for (64,)"),
+        (write_hunyuanvl, "v.position_embd.weight", (63, 32), "v.position_embd.weight is (32, 63), its metadata asks"),
+        (write_hunyuanvl, "v.position_embd.weight", None, "tensor v.position_embd.weight is missing"),
+        (write_deepseek4v, "mm.2.weight", (64, 47), "mm.2.weight is (47, 64), its metadata asks for (48, 64)"),
+        (write_deepseek4v, "v.token_embd.img_pad", (63,), "v.token_embd.img_pad is (63,), its metadata asks for (64,)"),
+        (write_gemma3n, "mm.input_projection.weight", (63, 64), "mm.input_projection.weight is (64, 63), its metadata"),
+    ],
+)  # fmt: skip
+def test_tensors_of_towers_that_only_llama_cpp_has_are_checked(
+    tmp_path: Path, made: Any, name: str, shape: tuple[int, ...] | None, says: str
+) -> None:
+    good = read_header(made(tmp_path / "good.gguf"))
+    other = None if shape is None else Tensor(name, shape[::-1], 0, bytes(4 * math.prod(shape)))
+    write(good, tmp_path / "bad.gguf", {}, {name: other})
+    assert check_projector(good.path).width == 64
+    assert says in refused(tmp_path / "bad.gguf")
+
+
+@pytest.mark.parametrize(
     ("name", "shape", "says"),
     [
         ("v.patch_embd.weight", (64, 3, 8, 9), "patch_embd.weight is (9, 8, 3, 64), its metadata asks for (8, 8, 3"),
@@ -110,6 +137,14 @@ def test_a_bias_that_one_block_lacks_is_refused(tmp_path: Path) -> None:
     # llama.cpp would leave it out there and say nothing.
     path = write_mmproj(tmp_path / "bad.gguf", drop=("v.blk.1.attn_q.bias",)).path
     assert "tensor attn_q.bias is missing in some of 3 blocks" in refused(path)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(64, 5), (768, 4), (400, 3)])
+def test_gemma3ns_sizes_must_tell_the_number_of_its_rows(tmp_path: Path, size: int, patch: int) -> None:
+    good = read_header(write_gemma3n(tmp_path / "good.gguf"))
+    values = {"clip.vision.image_size": size, "clip.vision.patch_size": patch}
+    write(good, tmp_path / "bad.gguf", {key: entry(key, value) for key, value in values.items()}, {})
+    assert f"image_size {size} over patch_size {patch} is not the number of its rows" in refused(tmp_path / "bad.gguf")
 
 
 def test_a_vector_that_is_not_f32_is_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_memory_stays_flat(files: Files) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize(
     "family",
-    ["llava_next", "qwen25vl", "qwen3vl", "internvl_qwen2", "gemma3", "mistral3"],
+    ["llava_next", "qwen25vl", "qwen3vl", "internvl_qwen2", "gemma3", "mistral3", "cogvlm", "hunyuanvl", "deepseek4v"],
 )
 def test_no_damaged_file_ends_the_process(files: Files, family: str) -> None:
     script = Path(__file__).with_name("mtmd_survivors.py")

@@ -19,22 +19,33 @@ Stand = tuple[int, int]
 
 @dataclass(frozen=True)
 class Join:
-    """A batch laid end to end: ``embeddings (n, width)``, ``positions (n,)`` or ``(4, n)``, the rest ``(n,)``."""
+    """A batch laid end to end: ``embeddings (n, width)``, ``positions (n,)`` or ``(4, n)``, the rest ``(n,)``.
+
+    ``tokens``: for models that take them, what is fed instead of text rows, -1 for image rows; else None.
+    """
 
     embeddings: NDArray[np.float32]
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
     wanted: NDArray[np.bool_]
+    tokens: NDArray[np.int32] | None = None
+
+    def inputs(self, part: slice) -> NDArray[np.float32] | NDArray[np.int32]:
+        """What is fed of a part that is all text or all image: rows ``(m, width)``, or tokens ``(m,)``."""
+        if self.tokens is None or self.tokens[part.start] < 0:
+            return self.embeddings[part]
+        return self.tokens[part]
 
 
-def join(batch: Sequence[Rows], *, multi_position: bool) -> Join:
-    """Lay ``batch`` end to end."""
+def join(batch: Sequence[Rows], *, multi_position: bool, takes_tokens: bool = False) -> Join:
+    """Lay ``batch`` end to end; raises ``ValueError`` for text without the tokens that the model takes."""
+    tokens = np.concatenate([_tokens(rows) for rows in batch]) if takes_tokens else None
     if len(batch) == 1:
         (rows,) = batch
         positions = sections(rows) if multi_position else rows.positions
         return Join(
             rows.embeddings, positions.astype(np.int32, copy=False), np.full(len(rows), rows.sequence, np.int32),
-            wanted(rows),
+            wanted(rows), tokens,
         )  # fmt: skip
     places = [sections(rows) if multi_position else rows.positions for rows in batch]
     return Join(
@@ -42,6 +53,7 @@ def join(batch: Sequence[Rows], *, multi_position: bool) -> Join:
         np.concatenate(places, axis=-1).astype(np.int32),
         np.repeat([rows.sequence for rows in batch], [len(rows) for rows in batch]).astype(np.int32),
         np.concatenate([wanted(rows) for rows in batch]),
+        tokens,
     )
 
 
@@ -81,15 +93,30 @@ def sections(rows: Rows) -> NDArray[np.int32]:
     return np.stack([rows.positions, rows.positions, rows.positions, np.zeros_like(rows.positions)])
 
 
-def parts(outputs: NDArray[np.bool_], most_rows: int, most_outputs: int) -> Iterator[slice]:
-    """Slices of at most ``most_rows`` rows with at most ``most_outputs`` of the ``outputs (n,)``."""
+def parts(
+    outputs: NDArray[np.bool_], most_rows: int, most_outputs: int, kinds: NDArray[np.int8] | None = None
+) -> Iterator[slice]:
+    """Slices of at most ``most_rows`` rows with at most ``most_outputs`` of the ``outputs (n,)``, each of rows of one
+    of the ``kinds (n,)``."""
     start = 0
     while start < len(outputs):
         stop = min(start + most_rows, len(outputs))
+        if kinds is not None and len(others := np.flatnonzero(kinds[start:stop] != kinds[start])):
+            stop = start + int(others[0])
         if stop - start > most_outputs and len(within := np.flatnonzero(outputs[start:stop])) > most_outputs:
             stop = start + int(within[most_outputs])
         yield slice(start, stop)
         start = stop
+
+
+def _tokens(rows: Rows) -> NDArray[np.int32]:
+    """``(n,)``: the tokens of text rows, -1 for image rows."""
+    text = np.ones(len(rows), np.bool_) if rows.crop is None else rows.crop < 0
+    if not text.any():
+        return np.full(len(rows), -1, np.int32)
+    if rows.tokens is None or (rows.tokens[text] < 0).any():
+        raise ValueError(f"text rows of sequence {rows.sequence} come without their tokens, which this model takes")
+    return np.where(text, rows.tokens, -1).astype(np.int32)
 
 
 def _check_contiguous(rows: Rows, last: int, _reach: int) -> Stand:

@@ -283,13 +283,14 @@ class Context(Handle):
         _ = self.pointer  # the memory dies with the context
         return self._memory
 
-    def decode(self, embeddings: Floats, positions: Int32s, sequences: Int32s, outputs: NDArray[np.int8]) -> None:
-        """Run rows ``(n, n_embd_inp)`` at ``positions`` ``(n,)`` or ``(4, n)``; the other arrays are ``(n,)``.
+    def decode(self, inputs: Floats | Int32s, positions: Int32s, sequences: Int32s, outputs: NDArray[np.int8]) -> None:
+        """Run rows ``(n, n_embd_inp)`` or tokens ``(n,)`` at ``positions`` ``(n,)`` or ``(4, n)``, of which only the
+        first line counts for tokens; the other arrays are ``(n,)``.
 
         Raises ``TokcompError`` with llama.cpp's reason when it returns anything but success.
         """
-        count = len(embeddings)
-        embeddings = np.ascontiguousarray(embeddings, np.float32)
+        count, tokens = len(inputs), inputs.ndim == 1
+        fed: NDArray[Any] = np.ascontiguousarray(inputs, np.int32 if tokens else np.float32)
         positions = np.ascontiguousarray(positions, np.int32)
         sequences = np.ascontiguousarray(sequences, np.int32)
         outputs = np.ascontiguousarray(outputs, np.int8)
@@ -297,7 +298,8 @@ class Context(Handle):
         owners = _address(sequences) + sequences.itemsize * np.arange(count, dtype=np.uintp)
         lengths = np.ones(count, np.int32)
         fields = self._fields
-        fields.n_tokens, fields.embd, fields.pos = count, _address(embeddings), _address(positions)
+        fields.n_tokens, fields.pos = count, _address(positions)
+        fields.token, fields.embd = (_address(fed), None) if tokens else (None, _address(fed))
         fields.n_seq_id, fields.seq_id, fields.logits = _address(lengths), _address(owners), _address(outputs)
         pointer = self.pointer
         code = int(_backend.attempt(lambda: llama.llama_decode(pointer, self._batch)))
@@ -310,6 +312,9 @@ class Context(Handle):
         if not pointer:
             raise ValueError(f"row {row} of the last batch has no logits")
         into[:] = np.ctypeslib.as_array(pointer, (self._n_vocab,))
+
+    def set_threads(self, threads: int) -> None:
+        llama.llama_set_n_threads(self.pointer, threads, threads)
 
     def set_causal(self, causal: bool) -> None:
         llama.llama_set_causal_attn(self.pointer, causal)
@@ -340,6 +345,13 @@ class SamplerChain(Handle):
     def add(self, name: str, *arguments: float) -> None:
         """Append ``llama_sampler_init_<name>(*arguments)``; the chain owns it."""
         llama.llama_sampler_chain_add(self.pointer, getattr(llama, f"llama_sampler_init_{name}")(*arguments))
+
+    def add_grammar(self, vocab: Any, grammar: str) -> bool:
+        """Append a grammar in GBNF with the rule ``root`` over the tokens of ``vocab``; False if it cannot be read."""
+        start = _backend.attempt(lambda: llama.llama_sampler_init_grammar(vocab, grammar.encode(), b"root"))
+        if start:
+            llama.llama_sampler_chain_add(self.pointer, start)
+        return bool(start)
 
     def sample(self, logits: Floats) -> int:
         """Pick a token from ``logits (n_vocab,)`` and tell the chain."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,12 @@ from numpy.typing import NDArray
 from ..errors import TokcompError, UsageError
 from . import binding
 from .gguf_header import GgufHeader, layer_count, read_header, split_files
+
+_BY_TOKEN = ("cogvlm", "gemma3n", "deepseek4")
+"""Architectures whose graphs tell text from images by whether they are given tokens: CogVLM has weights for each,
+Gemma-3n looks up a further embedding in every layer, DeepSeek-V4's first layers choose experts by token."""
+_FURTHER_EMBEDDING = "embedding_length_per_layer_input"
+"""Of Gemma-4 E2B and E4B, which do as Gemma-3n does, and Qwen4's hashes of neighbouring tokens."""
 
 _MULTI_POSITION_ROPE = (8, 40)
 """llama_rope_type MROPE (Qwen2-VL) and IMROPE (Qwen3-VL): four positions a row."""
@@ -72,6 +79,18 @@ class LanguageModel:
         """True for M-RoPE models, whose image rows carry four positions ``(t, y, x, 0)``."""
         return self.rope_type in _MULTI_POSITION_ROPE
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether text enters as token ids, in calls of its own, and only images as rows."""
+        further = self.header.number(f"{self.architecture}.{_FURTHER_EMBEDDING}", 0)
+        return self.architecture in _BY_TOKEN or further > 0
+
+    @property
+    def logits_of_all_or_none(self) -> bool:
+        """Whether a call must want the logits of all its rows or of none: CogVLM's graph computes all of them, and for
+        those that are wanted llama.cpp (llama-cpp-python 0.3.36) takes the first."""
+        return self.architecture == "cogvlm"
+
     def kv_bytes_per_row(self, kv_type: str = "f16") -> int:
         """Bytes that one row takes in the key-value cache, estimated from the first layer's heads."""
         heads = self.handle.fact("n_head_kv")
@@ -121,6 +140,12 @@ class LanguageModel:
         """True for tokens that end the generation (EOS, end of turn, ...)."""
         self._check(token)
         return self.handle.is_end(token)
+
+    @cached_property
+    def end_tokens(self) -> NDArray[np.int32]:
+        """All tokens that end the generation, ``(n,) int32``."""
+        ends = [token for token in range(self.n_vocab) if self.handle.is_end(token)]
+        return np.array(ends, np.int32)
 
     def close(self) -> None:
         """Free the model and every decoder made from it; a second call does nothing."""

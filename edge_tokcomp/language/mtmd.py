@@ -9,6 +9,7 @@ Not thread-safe: one object, one thread at a time (calls release the GIL).
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 import weakref
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ImageError, TokcompError, check_positive
+from ..tokens import Origin
 from .binding import Handle, _backend
 from .model import LanguageModel
 from .mtmd_file import check_projector
@@ -35,6 +37,12 @@ _USUAL_SIDE = 512
 _PLACES = np.dtype([(name, np.uint32) for name in ("t", "x", "y", "z")])
 _SECTIONS = ("t", "y", "x", "z")
 """Order of a row's four positions in a batch of llama.cpp."""
+_WRAPPED = ("cogvlm", "hunyuanvl")
+"""Of whose rows the first and the last are learned, and begin and end the picture."""
+_NUMBERED = "hunyuanvl"
+"""Puts a learned row after each line of a picture, and the picture's number into the fourth position of its rows."""
+_PADDED, _PADDING = "deepseek4v", 3
+"""Whose language model reads rows in blocks of four: padding before a picture brings it to the beginning of one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +57,18 @@ class ImagePiece:
     """Rows that stand for a picture, or for one tile of it.
 
     ``embeddings (n, row_width) float32``. ``n_pos``: how far the text that follows moves on. ``grid``: rows and columns
-    of tokens, where libmtmd knows them. For M-RoPE models ``positions (4, n) int32``: ``(t, y, x, z)`` of a piece that
-    starts at 0, and ``moving (4, n) int32``: 1 where a position is counted from the start of the piece, else 0.
+    of tokens, where they are known; ``cell (n,) int64``: each row's raster index in it, -1 for learned rows around and
+    between. ``padding``: see ``Layout``. For M-RoPE models ``positions (4, n) int32``: ``(t, y, x, z)`` of a piece that
+    starts at 0 in a prompt's first picture, and ``origin (4, n) int8``: an ``Origin`` of each.
     """
 
     embeddings: NDArray[np.float32]
     n_pos: int
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | None
+    cell: NDArray[np.int64]
     positions: NDArray[np.int32] | None = None
-    moving: NDArray[np.int32] | None = None
+    origin: NDArray[np.int8] | None = None
+    padding: int = 0
 
 
 class MtmdEncoder(Handle):
@@ -105,6 +116,11 @@ class MtmdEncoder(Handle):
         self.causal = not self._library.mtmd_decode_use_non_causal(pointer, None)
         self.grid_positions = bool(self._library.mtmd_decode_use_mrope(pointer))
         try:
+            if self.projector == _NUMBERED and not self.grid_positions:  # libmtmd would end the process
+                raise TokcompError(
+                    f"{mmproj} needs a language model with positions by row and column (M-RoPE), {model.path} is none; "
+                    "use the mmproj and the language model of one model"
+                )
             self._check_markers()
         except BaseException:
             self.close()
@@ -184,14 +200,37 @@ class MtmdEncoder(Handle):
         if not np.isfinite(embeddings).all():
             self._mend(embeddings)
         n_pos = int(library.mtmd_input_chunk_get_n_pos(chunk))
+        cell, square = np.arange(count), None
+        if self.projector in _WRAPPED:
+            cell = np.concatenate([[-1], np.arange(count - 2), [-1]])
+            square = (math.isqrt(count - 2),) * 2  # CogVLM's
+        if self.projector == _PADDED:
+            return ImagePiece(embeddings, n_pos, *self._in_pairs(embeddings), padding=_PADDING)
         if not self.grid_positions:
-            return ImagePiece(embeddings, n_pos)
+            return ImagePiece(embeddings, n_pos, square, cell)
         image = library.mtmd_input_chunk_get_tokens_image(chunk)
         positions, later = (self._places(image, start, count) for start in (0, 1))
+        origin = np.where(later > positions, Origin.START, Origin.NOTHING).astype(np.int8)
         columns, rows = library.mtmd_image_tokens_get_nx(image), library.mtmd_image_tokens_get_ny(image)
+        if self.projector == _NUMBERED:
+            row, column = np.divmod(cell, columns + 1)
+            cell = np.where((cell < 0) | (column == columns), -1, row * columns + column)
+            origin[3, origin[3] == Origin.NOTHING] = Origin.PICTURE
+            return ImagePiece(embeddings, n_pos, (rows, columns), cell, positions, origin)
         # Tiles are numbered like text, and learned row ends may stand among the rows of a grid.
         grid = (rows, columns) if rows * columns == count and not positions[0].any() else None
-        return ImagePiece(embeddings, n_pos, grid, positions, later - positions)
+        return ImagePiece(embeddings, n_pos, grid, cell, positions, origin)
+
+    def _in_pairs(self, embeddings: NDArray[np.float32]) -> tuple[tuple[int, int], NDArray[np.int64]]:
+        """Grid and cells of DeepSeek-V4's rows: padding, a learned row, lines two by two and these column by column,
+        with row breaks, padding again and a learned row."""
+        breaks = np.flatnonzero((embeddings == self._row_break).all(axis=1))
+        first = _PADDING + 1
+        rows, columns = len(breaks), (int(breaks[0]) - first) // 2
+        pair, place = np.divmod(np.arange(len(embeddings)) - first, 2 * (columns + 1))
+        row, column = 2 * pair + place % 2, place // 2
+        inside = (pair >= 0) & (row < rows) & (column < columns)
+        return (rows, columns), np.where(inside, row * columns + column, -1)
 
     def _mend(self, embeddings: NDArray[np.float32]) -> None:
         """Write Pixtral's row ends, which are not finite now and then: llama.cpp makes them by multiplying memory that

@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 # fmt: off
 _WIDTH_AT = {
     ("mm.2.weight", 1): "mlp mimovl muse-glimmer phi4 pixtral lightonocr dots_ocr dots3note_v lfm2 kimivl kimik25 "
-                        "paddleocr yasa2",
+                        "paddleocr yasa2 deepseek4v",
     ("mm.2.bias", 0): "qwen2vl_merger qwen2.5vl_merger qwen2.5o qwen3vl_merger ling3vl exaone4_5 youtuvl",
     ("mm.3.bias", 0): "mlp_norm",
     ("mm.1.bias", 0): "janus_pro",
@@ -33,7 +33,7 @@ _WIDTH_AT = {
     ("mm.input_projection.weight", 0): "gemma3 gemma3nv",
     ("mm.input_projection.weight", 1): "gemma4v gemma4uv",
     ("mm.merger.fc2.bias", 0): "minimax_m3",
-    ("mm.model.fc.weight", 1): "idefics3 llama4 step3vl deepseekocr deepseekocr2",
+    ("mm.model.fc.weight", 1): "idefics3 llama4 step3vl deepseekocr deepseekocr2 hunyuanvl",
     ("mm.model.mb_block.2.block.2.1.bias", 0): "ldp",
     ("mm.model.mlp.3.weight", 1): "internvl nemotron_v2_vl",
     ("mm.model.peg.0.bias", 0): "ldpv2",
@@ -43,19 +43,14 @@ _WIDTH_AT = {
 }
 """Projector types that can be served, by the tensor and its axis that tell how wide their rows are."""
 
-_PLACE_BOUND = {
-    "deepseek4v": "pads a picture by where it stands in the prompt",
-    "hunyuanvl": "counts the pictures of a prompt in the positions of their rows",
-}
-"""Of which a picture alone does not tell what enters the language model."""
-
 _NEEDED = {
     "v.patch_embd.weight.1": "qwen2vl_merger qwen2.5vl_merger qwen2.5o qwen3vl_merger ling3vl exaone4_5 glm4v glm5v "
                              "mimovl minimax_m3",
     "v.patch_embd.bias": "qwen3vl_merger glm4v glm5v",
     "v.class_embd": "internvl nemotron_v2_vl cogvlm llama4",
     "v.position_embd.weight": "mlp mlp_norm ldp ldpv2 adapter resampler minicpmv4_6 idefics3 gemma3 internvl lfm2 "
-                              "nemotron_v2_vl qwen3vl_merger cogvlm llama4 kimivl kimik25 granite4_vision",
+                              "nemotron_v2_vl qwen3vl_merger cogvlm llama4 kimivl kimik25 granite4_vision hunyuanvl",
+    "v.blk.0.attn_qkv.weight": "cogvlm", "v.blk.0.attn_qkv.bias": "cogvlm",
     "v.blk.0.attn_q.bias": "qwen2vl_merger qwen2.5vl_merger qwen2.5o youtuvl",
     "mm.0.weight": "mlp mlp_norm", "mm.0.bias": "mlp mlp_norm", "mm.2.bias": "mlp",
 }
@@ -70,25 +65,34 @@ _TILES = {
     "nemotron_v2_vl", "janus_pro", "cogvlm",
 }
 """Whose tower sees squares of ``image_size`` only."""
-_MERGED_BY_TWO = set(_NEEDED["v.patch_embd.weight.1"].split())
+_MERGED_BY_TWO = {*_NEEDED["v.patch_embd.weight.1"].split(), "hunyuanvl"}
 """Of which llama.cpp takes two by two patches for a token, whatever the file says."""
-_TURNED = {*_MERGED_BY_TWO, "pixtral", "lightonocr"}
+_TURNED = {*_NEEDED["v.patch_embd.weight.1"].split(), "pixtral", "lightonocr", "deepseek4v"}
 """With rotary positions in the tower."""
 _LOOKED_UP = {"mlp", "mlp_norm", "ldp", "ldpv2", "adapter", "resampler", "minicpmv4_6"}
 """Whose positions are looked up in their table."""
 _BUCKETS = 70 * 70
 """Rows of MiniCPM-V's table of positions, into which those of any picture fall."""
-_ADDED = {"idefics3": 0, "gemma3": 0, "internvl": 1}
+_ADDED = {"idefics3": 0, "gemma3": 0, "internvl": 1, "cogvlm": 1}
 """Whose table of positions is added as it is, and its rows beyond those of the patches."""
-_STRETCHED = {"lfm2", "qwen3vl_merger"}
+_STRETCHED = {"lfm2", "qwen3vl_merger", "hunyuanvl"}
 """Whose table of positions is a square, stretched over the patches."""
 _CHAINS = {
     "mlp": ("mm.0", "mm.2"), "qwen2vl_merger": ("mm.0", "mm.2"), "qwen2.5vl_merger": ("mm.0", "mm.2"),
     "qwen2.5o": ("mm.0", "mm.2"),
     "qwen3vl_merger": ("mm.0", "mm.2"), "pixtral": ("mm.1", "mm.2"), "lfm2": ("mm.1", "mm.2"),
     "idefics3": ("mm.model.fc",), "internvl": ("mm.model.mlp.1", "mm.model.mlp.3"),
+    "cogvlm": ("mm.model.fc", "mm.up", "mm.down"), "hunyuanvl": ("mm.0", "mm.2", "mm.model.fc"),
+    "deepseek4v": ("mm.1", "mm.2"),
 }
-"""Projectors that are matrices, one after another."""
+"""Projectors that are matrices, one after another; HunyuanVL's first is one of two by two patches."""
+_LEARNED = {
+    "cogvlm": ("v.boi", "v.eoi"), "hunyuanvl": ("mm.image_begin", "mm.image_end", "mm.post_norm"),
+    "deepseek4v": ("v.image_newline", *(f"v.token_embd.img_{part}" for part in ("start", "end", "pad"))),
+}
+"""Vectors as wide as what the projector writes."""
+
+_ROW_BREAK = {"pixtral": "v.token_embd.img_break", "deepseek4v": "v.image_newline"}
 
 _MOST_BLOCKS, _MOST_PATCHES, _MOST_TILES = 512, 1 << 16, 64
 _RANGES = {
@@ -129,7 +133,7 @@ _LEVEL = re.compile(r"(v\.deepstack\.\d+)\.fc1\.weight")
 class Projector:
     """``kind``: its type, as the file names it. ``width``: of the rows it writes. ``image_size``: of a tile, or 0.
 
-    ``row_break (width,) float32``: the row that Pixtral puts after each line of a picture.
+    ``row_break (width,) float32``: the row that Pixtral and DeepSeek-V4 put after each line of a picture.
     """
 
     kind: str
@@ -138,13 +142,9 @@ class Projector:
     row_break: NDArray[np.float32] | None
 
 
-_TOKEN_IDS = {"cogvlm", "gemma3nv"}
-"""Whose language models need token ids, which rows cannot carry."""
-
-
 def served_projectors() -> set[str]:
     """The projector types, as files name them, that can be used."""
-    return {form for forms in _WIDTH_AT.values() for form in forms.split()} - {_YI} - _TOKEN_IDS
+    return {form for forms in _WIDTH_AT.values() for form in forms.split()} - {_YI}
 
 
 def check_projector(path: str | os.PathLike[str]) -> Projector:
@@ -161,14 +161,14 @@ def check_projector(path: str | os.PathLike[str]) -> Projector:
     form = _YI if kind == "mlp" and "mm.3.weight" in header.tensors else kind
     place = next((place for place, forms in _WIDTH_AT.items() if form in forms.split()), None)
     if place is None:
-        reason = _PLACE_BOUND.get(kind, "is unknown to the installed llama.cpp")
-        raise TokcompError(f"{path}: projector type {kind!r} {reason}; it cannot be used")
+        raise TokcompError(f"{path}: projector type {kind!r} is unknown to the installed llama.cpp; it cannot be used")
     file = _File(header, form)
     file.check_sizes()
     file.check_needed(place[0])
     file.check_vectors()
     if form not in _OTHER_TOWERS:
         file.check_blocks()
+    if form not in _OTHER_TOWERS or form == "gemma3nv":
         file.check_ends()
     return Projector(
         kind, file.shapes[place[0]][place[1]] * file.slices, file.number("image_size"), _row_break(header, form)
@@ -251,7 +251,8 @@ class _File:
     def check_vectors(self) -> None:
         """What is added or multiplied with is in 32-bit floats; a bias is as long as its matrix gives values."""
         for name, shape in self.shapes.items():
-            plain = len(shape) == 1 and name.endswith((".bias", ".weight", "_embd", "_break"))
+            learned = name in _LEARNED.get(self.form, ())
+            plain = learned or (len(shape) == 1 and name.endswith((".bias", ".weight", "_embd", "_break", "_newline")))
             plain |= name == "v.position_embd.weight" and self.form not in _LOOKED_UP
             if plain and self.header.tensors[name].type_id != _F32:
                 raise self._fault(f"tensor {name} is {self.header.tensors[name].type_name}, not F32")
@@ -296,11 +297,24 @@ class _File:
         into = width * self.features if self.form in ("mlp", "pixtral") else square
         for name in _CHAINS.get(self.form, ()):
             wanted[name] = (into, into := self.shapes.get(f"{name}.weight", (0,))[-1])
+        wanted |= dict.fromkeys(_LEARNED.get(self.form, ()), (into,))
+        if self.form == "cogvlm":
+            wanted |= {"mm.post_fc_norm": wanted["mm.up"][:1], "mm.gate": wanted["mm.up"]}
+        if self.form == "hunyuanvl":
+            wanted |= {"mm.0": (2, 2, width, wanted["mm.0"][1]), "v.image_newline": wanted["mm.2"][1:]}
+            wanted["mm.pre_norm"] = (width,)
         if self.form == "pixtral":
             wanted |= {"mm.input_norm": (width,), "mm.patch_merger": (square, width), "v.token_embd.img_break": (into,)}
         if self.form == "gemma3":
             into = self.shapes["mm.input_projection.weight"][0]
             wanted |= {"mm.soft_emb_norm": (width,), "mm.input_projection": (into, width)}
+        if self.form == "gemma3nv":
+            # llama.cpp reads the width of the rows where that of the tower stands.
+            wanted |= {"mm.soft_emb_norm": (width,), "mm.input_projection": (width, width)}
+            side = -(-self.number("image_size") // 16)
+            if (side > 16 and side % 16) or min(side, 16) ** 2 != self.number("image_size") // patch:
+                size = self.number("image_size")
+                raise self._fault(f"image_size {size} over patch_size {patch} is not the number of its rows")
         for level in self.levels:
             wanted |= {f"{level}.norm": (square,), f"{level}.fc1": (square, square), f"{level}.fc2": (square, into)}
         self._require(wanted)
@@ -349,8 +363,8 @@ class _File:
 
 
 def _row_break(header: GgufHeader, form: str) -> NDArray[np.float32] | None:
-    tensor = header.tensors.get("v.token_embd.img_break")
-    if form != "pixtral" or tensor is None:
+    tensor = header.tensors.get(_ROW_BREAK.get(form, ""))
+    if tensor is None:
         return None
     return np.fromfile(header.path, np.float32, math.prod(tensor.shape), offset=tensor.offset)
 

@@ -143,9 +143,9 @@ class Segment:
         """Append the rows of ``batch``, which may belong to several sequences; later ``Rows`` see earlier ones.
 
         For each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows it wants, by default its last. Batches above
-        ``n_batch`` take several calls. ``causal=False`` lets rows of one sequence see one another in both directions
-        (Gemma-3 images); such a batch must fit ``n_ubatch``. ``checked``: the caller vouches for widths, values and
-        positions.
+        ``n_batch`` take several calls, and so do text and images where the model takes text as tokens. ``causal=False``
+        lets rows of one sequence see one another in both directions (Gemma-3 images); such a batch must fit
+        ``n_ubatch``. ``checked``: the caller vouches for widths, values and positions.
 
         Raises ``TokcompError`` when the rows do not fit the context or the micro-batch, ``ValueError`` for rows of the
         wrong width, with non-finite values or at positions the model does not allow.
@@ -167,7 +167,8 @@ class Segment:
                 self._context.copy_logits(int(row), answers[done])
                 done += 1
 
-        self._run(batch, whole, causal, list(parts(whole.wanted, self.n_batch, self._n_outputs)), take)
+        calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, self._kinds(whole)))
+        self._run(batch, whole, causal, calls, take)
         if len(batch) == 1:
             return [answers]
         counts = [int(wanted(rows).sum()) for rows in batch]
@@ -233,6 +234,12 @@ class Segment:
                 )
             self._cells.drop(sequence, start)
 
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on; raises ``UsageError`` for fewer than 1."""
+        if threads < 1:
+            raise UsageError(f"threads {threads} is not a positive number")
+        self._context.set_threads(threads)
+
     def clear(self) -> None:
         """Forget everything."""
         self._context.clear()
@@ -277,12 +284,19 @@ class Segment:
                 batch, self._stand, width=self.row_width, multi_position=model.multi_position,
                 architecture=model.architecture,
             )  # fmt: skip
-        whole = join(batch, multi_position=model.multi_position)
+        whole = join(batch, multi_position=model.multi_position, takes_tokens=model.takes_tokens)
         self.check_room(len(whole.wanted), causal)
         asked = int(whole.wanted.sum())
         if not causal and asked > self._n_outputs:
             raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
         return whole
+
+    def _kinds(self, whole: Join) -> NDArray[np.int8] | None:
+        """What must not share a call, told by different numbers; None where everything may."""
+        if whole.tokens is None:
+            return None
+        text = (whole.tokens >= 0).astype(np.int8)
+        return text + 2 * whole.wanted if self._model.logits_of_all_or_none else text
 
     def _run(
         self, batch: Sequence[Rows], whole: Join, causal: bool, calls: Sequence[slice], take: Callable[[slice], None]
@@ -291,7 +305,7 @@ class Segment:
             with self._attention(causal):
                 for part in calls:
                     self._context.decode(
-                        whole.embeddings[part], whole.positions[..., part], whole.sequences[part],
+                        whole.inputs(part), whole.positions[..., part], whole.sequences[part],
                         whole.wanted[part].astype(np.int8),
                     )  # fmt: skip
                     take(part)

@@ -48,6 +48,11 @@ class SegmentedDecoder:
         """``models``: the segments in order. ``cuts``: the first layer of all but the first. ``options``: as for
         ``Segment``, for each. Raises what ``Segment`` and ``set_steps`` raise."""
         self.model = models[-1]
+        if self.model.takes_tokens:
+            raise TokcompError(
+                f"{self.model.path}: {self.model.architecture} models take text as tokens, which layer segments cannot "
+                "hand on; load it whole"
+            )
         for model in models[1:]:
             if model.n_embd_inp != models[0].n_embd:  # llama.cpp would read beyond the rows' end
                 raise TokcompError(
@@ -132,6 +137,11 @@ class SegmentedDecoder:
     def looks_at_text(self) -> bool:
         """Whether a step looks at the question."""
         return any(step.attention != "none" or step.looks_at_keys for at in self._at.values() for step, _ in at)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there are steps."""
+        return bool(self._at)
 
     @property
     def positions(self) -> Positions:
@@ -219,6 +229,11 @@ class SegmentedDecoder:
         for keys in self._lead_keys.values():
             if sequence in keys:
                 keys[sequence] = keys[sequence][: len(left.time)]
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on; raises ``UsageError`` for fewer than 1."""
+        for segment in self._segments:
+            segment.set_threads(threads)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,6 +1,7 @@
 """Token ids to embedding rows, read from the language model's own file.
 
-Feeding looked-up rows gives the same logits as feeding the tokens, so text and image rows can share a batch.
+Feeding looked-up rows gives the same logits as feeding the tokens, so text and image rows can share a batch; but for
+models that look at the tokens themselves (``LanguageModel.takes_tokens``), for which rows carry them along.
 """
 
 from __future__ import annotations
@@ -19,12 +20,8 @@ from .gguf_header import GgufHeader, TensorInfo, read_header, split_files
 from .model import LanguageModel
 
 _TABLE = "token_embd.weight"
-_PER_LAYER_TABLE = "per_layer_token_embd.weight"
-_TOKEN_ID_ARCHITECTURES = {
-    "cogvlm": "text and image rows go through different weights",
-    "deepseek4": "its first layers choose experts by token id",
-    "granite-switch": "it chooses adapters by token id",
-}
+_TOKENS_ONLY = ("granite-switch",)
+"""Architectures of which llama.cpp takes tokens and nothing else; it would end the process over rows."""
 _SCALED_TOKENS = ("gemma3", "gemma3n", "gemma4", "gemma-embedding")
 """Their graphs multiply token inputs by sqrt(n_embd), but not embedding inputs; gemma and gemma2 multiply both."""
 
@@ -38,11 +35,14 @@ class TokenEmbedding:
     def __init__(self, path: str | os.PathLike[str], *, row_width: int | None = None) -> None:
         """``row_width``: the decoder's ``n_embd_inp``; rows are padded with zeros to it (deepstack models).
 
-        Raises ``TokcompError`` for architectures that need the token ids themselves and for tables that gguf cannot
-        dequantise.
+        Raises ``TokcompError`` for architectures that take no rows at all and for tables that gguf cannot dequantise.
         """
         header = read_header(path)
-        self._refuse_token_id_models(header)
+        architecture = header.text("general.architecture")
+        if architecture in _TOKENS_ONLY:
+            raise TokcompError(
+                f"{header.path}: {architecture} models take no image rows in llama.cpp; use another language model"
+            )
         part, table = _find_table(header)
         self.n_embd, self.n_vocab = table.shape[0], table.shape[1]
         self.row_width = self.n_embd if row_width is None else row_width
@@ -81,19 +81,10 @@ class TokenEmbedding:
     def rows(self, tokens: ArrayLike, start: int, sequence: int = 0) -> Rows:
         """Text as ``Rows`` at positions ``start, start + 1, ...`` of ``sequence``."""
         embeddings = self.lookup(tokens)
-        return Rows(embeddings, np.arange(start, start + len(embeddings), dtype=np.int32), sequence)
-
-    @staticmethod
-    def _refuse_token_id_models(header: GgufHeader) -> None:
-        architecture = header.text("general.architecture")
-        reason = _TOKEN_ID_ARCHITECTURES.get(architecture)
-        if _PER_LAYER_TABLE in header.tensors:
-            reason = "it has per-layer embeddings"
-        if reason:
-            raise TokcompError(
-                f"{header.path}: {architecture} needs token ids ({reason}), which embedding rows cannot carry; "
-                "use another language model"
-            )
+        return Rows(
+            embeddings, np.arange(start, start + len(embeddings), dtype=np.int32), sequence,
+            tokens=np.atleast_1d(np.asarray(tokens)).astype(np.int32),
+        )  # fmt: skip
 
 
 def _find_table(header: GgufHeader) -> tuple[GgufHeader, TensorInfo]:
