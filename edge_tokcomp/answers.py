@@ -19,12 +19,12 @@ from .variant import TowerVariant
 @dataclass(frozen=True, eq=False)
 class Look:
     """What an engine says of a picture: its ``tokens``; ``parts``: the marker text around and between its crops, and
-    which crops' rows go where; ``owner (crops, N) int64``: the cell that each patch of a crop was merged into, where
-    the tower merges. ``timings_ms``: ``preprocess``, ``encode``."""
+    which crops' rows go where; ``owner``: of each crop ``(N,) int64``, the cell that each of its patches was merged
+    into, where the tower merges. ``timings_ms``: ``preprocess``, ``encode``."""
 
     tokens: VisionTokens
     parts: tuple[Part, ...]
-    owner: Ints | None
+    owner: tuple[Ints, ...] | None
     timings_ms: dict[str, float]
 
 
@@ -41,7 +41,7 @@ class SeenImage:
     parts: tuple[Part, ...]
     timings_ms: dict[str, float]
     variant: TowerVariant
-    owner: Ints | None
+    owner: tuple[Ints, ...] | None
 
     @property
     def around(self) -> tuple[str, str]:
@@ -84,6 +84,9 @@ class Answer:
     ``layer_tokens``: image tokens that a layer of the language model held, on average; ``tokens_after`` enter it.
     ``timings_ms``: the stages of every image, 0 for one that was encoded for an earlier question; ``prefill`` (prompt
     and image rows to the first logits), ``first_token`` (all of these together: what a person waits for), ``generate``.
+    Of answers that were made several at once the last three include the others' work.
+    ``plans``, ``shares``: of each image what was kept, and how a shared budget was divided. ``images``: themselves;
+    none of answers that were made several at once, which would hold all their arrays.
     """
 
     text: str
@@ -94,7 +97,33 @@ class Answer:
     prompt_tokens: int
     generated_tokens: int
     timings_ms: dict[str, float]
+    plans: tuple[Plan, ...] = field(repr=False, default=())
+    shares: tuple[Share | None, ...] = field(repr=False, default=())
     images: tuple[EncodedImage, ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an answer before it is generated; ``stages_ms``: of its images."""
+
+    plans: tuple[Plan, ...]
+    shares: tuple[Share | None, ...]
+    stages_ms: dict[str, float]
+    prompt_tokens: int
+
+    def answer(
+        self, text: str, finish_reason: str, generated: int, layer_share: float, *, prefill_s: float,
+        generate_s: float, images: tuple[EncodedImage, ...] = (),
+    ) -> Answer:  # fmt: skip
+        """With what came of it."""
+        timings = {**self.stages_ms, "prefill": prefill_s * 1e3}
+        timings["first_token"] = sum(timings.values())
+        timings["generate"] = generate_s * 1e3
+        after = sum(map(len, self.plans))
+        return Answer(
+            text.strip(), finish_reason, sum(plan.before for plan in self.plans), after, after * layer_share,
+            self.prompt_tokens, generated, timings, self.plans, self.shares, images,
+        )  # fmt: skip
 
 
 class AnswerStream(Iterator[str]):

@@ -75,7 +75,7 @@ class Console:
     def stopping(self) -> None:
         """Say that the run ends soon. Called from a signal handler, hence past Python's buffers and the bar's lock."""
         with unheard(self.stream):
-            os.write(self.stream.fileno(), b"\nstopping after the current picture; once more to stop at once\n")
+            os.write(self.stream.fileno(), b"\nstopping after the captions that are begun; once more to stop at once\n")
 
     def close(self) -> None:
         """No more pictures."""

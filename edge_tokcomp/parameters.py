@@ -96,8 +96,8 @@ def automatic_choices(vlm: VLM, prompt: str) -> dict[str, str | int]:
     written = chat_prompt(vlm.model, prompt, 1, vlm.engine.markers, vlm.engine.written)
     choices: dict[str, str | int] = {
         "engine": vlm.engine.name, "provider": vlm.engine.reason, "precision": vlm.engine.precision,
-        "n_ctx": vlm.decoder.n_ctx, "threads": vlm.threads, "prompt_form": written.form,
-        "prompt_reason": written.reason,
+        "n_ctx": vlm.decoder.n_ctx, "threads": vlm.threads, "division": str(vlm.division),
+        "parallel": vlm.parallel, "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
     if vlm.layer_steps:
         choices |= {"layer_steps": spell_steps(vlm.layer_steps), "positions": vlm.decoder.positions}

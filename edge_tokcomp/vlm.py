@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
-from weakref import WeakSet
+from typing import Any, Literal, TypeVar, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .answers import Answer, AnswerStream, EncodedImage, SeenImage
+from .answers import Answer, EncodedImage, Facts, SeenImage
+from .asking import Asker
 from .budget import largest_share, parse_keep
+from .division import Division, Halves, divide, language_work
 from .dynamic import Calibration, Claim, Mode, Share, Sharing, sharing_of
+from .encoded_cache import EncodedCache
 from .encoder import ImageEncoder, Picture
 from .engines import EngineName, check_engine, open_engine
 from .errors import TokcompError, UsageError
 from .families.base import Tokens
 from .images import MAX_PIXELS
-from .language.generation import Generation, generate
-from .language.prompt import ChatPrompt, chat_prompt
+from .language.requests import Request
 from .language.sampling import Sampling
 from .language.segment import available_cores
 from .language.segmented import SegmentedDecoder
@@ -33,25 +31,24 @@ from .methods import Method, get_method
 from .methods.layer_step import LayerStep, check_readable
 from .methods.layer_steps import read_layer_steps
 from .pairing import check_pair, check_positions
-from .prompt_rows import feed, prompt_parts, rows_of
+from .pipeline import Ask, Pipeline
 from .segmenting import model_name, open_language
 from .tokens import Rows
 from .tower import Precision, Provider
+
+T = TypeVar("T")
 
 DEFAULT_METHOD = "mosaic"
 DEFAULT_KEEP = 0.25
 """Of a method that is named without a budget. Both by docs/matrix.md: the best from 128 of 576 tokens down, and about
 where answers begin to suffer."""
 
-CAPTION_PROMPT = "Describe the image."
+DEFAULT_PARALLEL = 16
 
-_IMAGE_STAGES = ("decode", "preprocess", "encode", "compress")
+CAPTION_PROMPT = "Describe the image."
 
 _THREADS_A_CORE = 4
 """More threads than that only wait for each other, in thousands for ever."""
-
-_PREFIX, _ANSWER = 0, 1
-"""Sequences: the prompt up to and including the last image, which is kept for the next question; the answer."""
 
 
 def load(
@@ -70,6 +67,8 @@ def load(
     n_ctx: int | None = None,
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
+    parallel: int = DEFAULT_PARALLEL,
+    cache: EncodedCache | None = None,
 ) -> VLM:
     """Open a vision-language model: ``lm`` and ``mmproj`` GGUF files, or the bundled demo model when neither is named.
 
@@ -84,12 +83,14 @@ def load(
     pictures of one request share exactly, and one by itself is measured against the ``running`` mean of those before,
     the ``calibrated`` mean of the model (see ``VLM.calibrate``) or a mean given as a number; with ``batch`` it needs
     ``VLM.encode_all``. ``threads``: one budget for ONNX Runtime, BLAS and llama.cpp; all cores by default. ``n_ctx``:
-    rows of context; by default the model's own up to 4096. The first load of an mmproj builds its ONNX tower, in a
+    rows of context; by default the model's own up to 4096. ``parallel``: pictures that ``answer_all`` has in the
+    language model at once, as far as the context holds them. ``cache``: keeps what the tower says of pictures; 64 MiB
+    in memory by default. The first load of an mmproj builds its ONNX tower, in a
     cache.
 
     Raises ``TokcompError`` for files that are missing, damaged or do not fit each other, ``UsageError`` for options.
     """
-    for name, value in (("threads", threads), ("n_ctx", n_ctx)):
+    for name, value in (("threads", threads), ("n_ctx", n_ctx), ("parallel", parallel)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value} is not a positive number; leave it out for the default")
     cores = available_cores()
@@ -114,7 +115,8 @@ def load(
     return VLM(
         Path(lm), Path(mmproj), chosen, budget if chosen.compresses else 1.0, sharing=sharing,
         layer_steps=steps, precision=precision, provider=provider, engine=engine, gpu_layers=gpu_layers,
-        threads=threads or cores, n_ctx=n_ctx, seed=seed, max_pixels=max_pixels,
+        threads=threads or cores, n_ctx=n_ctx, seed=seed, max_pixels=max_pixels, parallel=parallel,
+        cache=EncodedCache() if cache is None else cache,
     )  # fmt: skip
 
 
@@ -128,22 +130,24 @@ class VLM:
         self, lm: Path, mmproj: Path, method: Method, keep: int | float, *, sharing: Sharing | None,
         layer_steps: tuple[LayerStep, ...], precision: Precision | None, provider: Provider,
         engine: EngineName, gpu_layers: int, threads: int, n_ctx: int | None, seed: int, max_pixels: int,
+        parallel: int, cache: EncodedCache,
     ) -> None:  # fmt: skip
         self.lm, self.mmproj, self.method, self.keep, self.sharing = lm, mmproj, method, keep, sharing
         self.name = model_name(lm)
-        self.seed, self.threads = seed, threads
+        self.seed, self.threads, self.parallel = seed, threads, parallel
         check_engine(engine)
         family = check_pair(lm, mmproj)
         if family and engine != "mtmd":  # before a file is cut for steps that cannot be run
             check_readable(layer_steps, family.causal)
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
-                stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=2
+                stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=1 + parallel
             )
             self.embedding = TokenEmbedding(self.model.path, row_width=self.decoder.row_width)
             self.engine = open_engine(
                 stack, engine, mmproj, self.model, row_width=self.decoder.row_width, precision=precision,
                 provider=provider, threads=threads, gpu=gpu_layers != 0, method=method, keep=keep,
+                cache=cache,
             )  # fmt: skip
             self.encoder = ImageEncoder(self.engine, self._embedded, threads=threads, seed=seed, max_pixels=max_pixels)
             width = self.engine.row_width
@@ -158,10 +162,9 @@ class VLM:
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean
             self.layer_steps = layer_steps
-            self._held: tuple[object, ...] | None = None
-            self._closed = False
-            self._timed: WeakSet[object] = WeakSet()
-            self._streaming: AnswerStream | None = None
+            self.on_gpu = gpu_layers != 0 or self.engine.on_gpu
+            self.division = Division(threads, threads, self.on_gpu, "as it was loaded")
+            self.asker = Asker(self.model, self.decoder, self.embedding, self.engine, seed=seed)
             self._stack = stack.pop_all()
 
     def see(self, picture: Picture) -> SeenImage:
@@ -233,8 +236,7 @@ class VLM:
         chosen = read_layer_steps(steps)
         check_readable(chosen, self.engine.causal)
         if isinstance(self.decoder, SegmentedDecoder):
-            self._end_stream()
-            self._held = None
+            self.asker.forget()
             self.decoder.set_steps(chosen)
         elif chosen:
             raise UsageError("the model was loaded whole; load it with layer_steps, or from a directory of segments")
@@ -246,10 +248,10 @@ class VLM:
         """A picture that was seen or encoded under another method and budget."""
         return self.encoder.compress(seen, method, keep, question)
 
-    def _embedded(self, text: str | Tokens, special: bool) -> NDArray[np.float32]:
+    def _embedded(self, text: str | Tokens, special: bool) -> Rows:
         if isinstance(text, Tokens):
-            return self.embedding.lookup(text.ids)
-        return self.embedding.lookup(self.model.tokenize(text, add_special=False, parse_special=special))
+            return self.embedding.rows(text.ids, 0)
+        return self.embedding.rows(self.model.tokenize(text, add_special=False, parse_special=special), 0)
 
     @overload
     def caption(self, picture: Picture, *, stream: Literal[False] = ..., **options: Any) -> str: ...
@@ -280,29 +282,69 @@ class VLM:
         The image's rows stay in the language model until another image is asked about, so a further question about
         the same ``EncodedImage`` costs its own tokens only.
         """
-        encoded = self._asked_about(picture, question)
-        prompt, prompt_tokens, prefill = self._prompt(encoded, question)
-        try:
-            generation = self._generate(prompt, sampling, max_tokens, stop)
-            text = generation.text()
-            share = self.decoder.layer_share(_ANSWER)
-        finally:
-            self.decoder.drop(_ANSWER)
-        timings = dict.fromkeys(_IMAGE_STAGES, 0.0)
-        for image in encoded:
-            # What the tower gave is shared by all that was made of it, under any method and for any question.
-            for stage in _IMAGE_STAGES:
-                if (image if stage == "compress" else image.tokens) not in self._timed:
-                    timings[stage] += image.timings_ms[stage]
-            self._timed.update((image, image.tokens))
-        timings["prefill"] = (prefill + generation.first_token_s) * 1e3
-        timings["first_token"] = sum(timings.values())
-        timings["generate"] = generation.generate_s * 1e3
-        after = sum(len(e.plan) for e in encoded)
-        return Answer(
-            text.strip(), generation.finish_reason or "stop", sum(e.plan.before for e in encoded), after, after * share,
-            prompt_tokens, len(generation.tokens), timings, tuple(encoded),
-        )  # fmt: skip
+        return self.asker.answer(self._asked_about(picture, question), question, sampling, max_tokens, stop)
+
+    def answer_all(
+        self, pictures: Iterable[Picture], question: str = CAPTION_PROMPT, *, max_tokens: int = 256,
+        stop: Sequence[str] = (), sampling: Sampling | None = None,
+    ) -> Iterator[Answer | TokcompError]:  # fmt: skip
+        """Answer one question about each of many pictures, ``parallel`` of them at once, in their order.
+
+        ``pictures`` is read in a thread as they are needed. One that cannot be read, or answered, comes as the error
+        that ``answer`` would raise. Nothing else may be asked before the last.
+        """
+        asks = (Ask(None, picture, question) for picture in pictures)
+        with closing(self.answer_each(asks, max_tokens=max_tokens, stop=stop, sampling=sampling)) as answers:
+            for _, outcome in answers:
+                if isinstance(outcome, (Answer, TokcompError)):
+                    yield outcome
+                elif outcome is not None:
+                    raise outcome
+
+    def answer_each(
+        self, asks: Iterable[Ask[T]], *, max_tokens: int = 256, stop: Sequence[str] = (),
+        sampling: Sampling | None = None, stopped: Callable[[], bool] = lambda: False,
+    ) -> Pipeline[T]:  # fmt: skip
+        """As ``answer_all``, each with a question of its own and known by its tag; ``stopped``: see ``Pipeline``."""
+
+        def encode(ask: Ask[T]) -> tuple[Request, Facts]:
+            images = self._asked_about(ask.picture, ask.question, ask.share)
+            return self.asker.request(images, ask.question, sampling, max_tokens, stop)
+
+        note = self.sharing.note if self.sharing else None
+        pipeline = Pipeline(
+            asks, encode, self.asker.scheduler(), note=note, beside=self.division.beside, stopped=stopped
+        )
+        self.asker.watch(pipeline)
+        return pipeline
+
+    def divide_threads(self, picture: Picture, question: str = CAPTION_PROMPT, *, max_tokens: int = 256) -> Division:
+        """Measure on ``picture`` how ``answer_all`` had best use the threads, and use them so from now on.
+
+        The tower and the language model either take turns with all of them, or run beside each other with a part each;
+        where one of them is on a GPU they run beside each other. Raises ``ImageError`` for a picture that cannot be
+        read.
+        """
+        self.asker.forget()
+        seen = self.encoder.see(picture, self.method, self.keep)
+        image = replace(seen.image, sha256="")  # so that no cache knows it
+
+        def encode() -> EncodedImage:
+            return self.encoder.compress(self.see(image), self.method, self.keep, question)
+
+        if self.on_gpu:
+            self.division = Division(self.threads, self.threads, True, "one of them is on a GPU")
+            return self.division
+        request, _ = self.asker.request([encode()], question, None, max_tokens, ())
+        work = language_work(self.decoder, self.embedding, request, causal=self.engine.causal, parallel=self.parallel)
+        self.division = divide(Halves(encode, work, self.set_threads), self.threads)
+        self.decoder.clear()
+        return self.division
+
+    def set_threads(self, tower: int, language: int | None = None) -> None:
+        """Compute with so many threads from now on, in turns unless ``divide_threads`` found otherwise."""
+        self.engine.set_threads(tower)
+        self.decoder.set_threads(tower if language is None else language)
 
     def rows_needed(self, question: str = CAPTION_PROMPT, *, most: bool = False) -> int:
         """Rows of context that a question about one picture takes at least: text, kept tokens, one token of answer.
@@ -310,7 +352,7 @@ class VLM:
         With ``dynamic``, of a picture that gets the mean, or with ``most`` as much as any can get.
         Raises ``TokcompError`` for a question that the model's chat template cannot write.
         """
-        pieces = self._written(question, 1).tokenize(self.model)
+        pieces = self.asker.written(question, 1).tokenize(self.model)
         kept = self.engine.kept(self.method, self.keep)
         if most and self.sharing:
             kept = largest_share(kept, self.engine.crop_tokens)
@@ -318,8 +360,7 @@ class VLM:
 
     def close(self) -> None:
         """Free the language model; a second call does nothing, a question after it raises ``ValueError``."""
-        self._end_stream()
-        self._closed = True
+        self.asker.close()
         self._stack.close()
 
     def __enter__(self) -> VLM:
@@ -330,64 +371,16 @@ class VLM:
     ) -> None:
         self.close()
 
-    def _asked_about(self, picture: Picture, question: str) -> list[EncodedImage]:
-        self._written(question, 1)  # refuses what cannot be asked before the tower runs
+    def _asked_about(self, picture: Picture, question: str, share: Share | None = None) -> list[EncodedImage]:
+        self.asker.written(question, 1)  # refuses what cannot be asked before the tower runs
         if not isinstance(picture, (list, tuple)):
-            return [self.encode(picture, question)]
+            return [self.encode(picture, question, share=share)]
         if not picture:
             raise UsageError("an empty list holds no picture to ask about")
         return self.encode_all(picture, question)
-
-    def _prompt(self, images: Sequence[EncodedImage], question: str) -> tuple[list[Rows], int, float]:
-        """Bring what of the prompt can be kept for further questions into the language model: up to the last image, or
-        up to the first where layer steps look at the question. The rest, rows of the whole, and seconds spent."""
-        if self._closed:
-            raise ValueError("the model is closed; load it again")
-        self._end_stream()
-        pieces = self._written(question, len(images)).around([image.around for image in images]).tokenize(self.model)
-        started = time.perf_counter()
-        parts = prompt_parts(self.embedding, pieces, images)
-        needed = sum(map(len, parts)) + 1
-        if needed > self.decoder.n_ctx:
-            raise TokcompError(
-                f"image and prompt need {needed} rows of context, there are {self.decoder.n_ctx}; "
-                "keep fewer image tokens, ask less, or raise n_ctx (--ctx)"
-            )
-        kept = 1 if self.decoder.looks_at_text else len(parts) - 1
-        pictures: Sequence[EncodedImage] = () if self.decoder.looks_at_text else images
-        key = (*(piece.tobytes() for piece in pieces[: kept - len(pictures)]), *pictures)
-        if key != self._held:
-            self._held = None
-            self.decoder.clear()
-            feed(self.decoder, rows_of(parts[:kept], 0, _PREFIX), causal=self.engine.causal)
-            self._held = key
-        self.decoder.drop(_ANSWER)
-        self.decoder.fork(_PREFIX, _ANSWER)
-        start = sum(part.advance for part in parts[:kept])
-        return rows_of(parts[kept:], start, _ANSWER), needed - 1, time.perf_counter() - started
-
-    def _written(self, question: str, images: int) -> ChatPrompt:
-        return chat_prompt(self.model, question, images, self.engine.markers, self.engine.written)
-
-    def _generate(
-        self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]
-    ) -> Generation:
-        sampling = sampling or Sampling(seed=self.seed)
-        return generate(self.decoder, self.model, self.embedding, prompt, sampling, max_tokens=max_tokens, stop=stop)
-
-    def _end_stream(self) -> None:
-        """An answer that nobody reads to its end must not hold the sequence; going on with it raises."""
-        if self._streaming is not None:
-            self._streaming.end()
-            self._streaming = None
 
     def _stream(
         self, picture: Picture, question: str, *, max_tokens: int = 256, stop: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:  # fmt: skip
-        prompt, _, _ = self._prompt(self._asked_about(picture, question), question)
-
-        self._streaming = AnswerStream(
-            self._generate(prompt, sampling, max_tokens, stop), partial(self.decoder.drop, _ANSWER)
-        )
-        return self._streaming
+        return self.asker.stream(self._asked_about(picture, question), question, sampling, max_tokens, stop)

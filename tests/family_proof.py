@@ -108,7 +108,7 @@ def error(found: Any, wanted: Any) -> float:
 
 def our_greedy(vlm: VLM, images: list[Any], question: str, tokens: int) -> tuple[list[int], Floats]:
     """``tokens`` greedy tokens by our pipeline, and the logits before each of them."""
-    prompt, _, _ = vlm._prompt(vlm.encode_all(images, question), question)
+    prompt, _, _ = vlm.asker._prompt(vlm.encode_all(images, question), question)
     said: list[int] = []
     seen: list[Floats] = []
     rows = list(prompt)

@@ -16,7 +16,6 @@ import pytest
 from conftest import Pair
 
 from batch import PARAMETERS, Told, into, rows, run
-from edge_tokcomp.answers import Answer
 from edge_tokcomp.captioning import Summary
 from edge_tokcomp.errors import UsageError
 from edge_tokcomp.language.prompt import chat_prompt
@@ -59,8 +58,8 @@ def test_prompts_may_name_the_picture(vlm: VLM, tmp_path: Path, monkeypatch: pyt
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes((folder / "0.png").read_bytes())
     (folder / "<image>.png").write_bytes((folder / "0.png").read_bytes())
     asked: list[str] = []
-    plain = vlm.answer
-    monkeypatch.setattr(vlm, "answer", lambda e, q, **o: (asked.append(q), plain(e, q, **o))[1])
+    plain = vlm.asker.request
+    monkeypatch.setattr(vlm.asker, "request", lambda e, q, *o: (asked.append(q), plain(e, q, *o))[1])
     monkeypatch.chdir(folder)
     summary, records = run(vlm, Path(), parameters=Parameters("{parent}/{stem}", 3))
     assert asked[0] == "cats/0"
@@ -102,17 +101,16 @@ def test_a_record_says_what_was_chosen_and_why(vlm: VLM, tmp_path: Path, monkeyp
     written = chat_prompt(vlm.model, PARAMETERS.prompt, 1)
     assert record.choices == {
         "engine": "onnx", "provider": vlm.engine.reason, "precision": "fp32", "n_ctx": vlm.decoder.n_ctx, "threads": 1,
-        "prompt_form": written.form, "prompt_reason": written.reason,
+        "division": "tower 1, language model 1, in turns: as it was loaded", "parallel": 16, "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
-    plain = vlm.answer
+    plain = vlm.asker.request
 
-    def raised(*args: Any, **options: Any) -> Answer:
-        answer = plain(*args, **options)
-        (image,) = answer.images
-        plan = replace(image.plan, stats={"keep_asked": 1.0, "keep_raised": 3.0, "groups": 2.0})
-        return replace(answer, images=(replace(image, plan=plan),))
+    def raised(*arguments: Any) -> Any:
+        request, facts = plain(*arguments)
+        plan = replace(facts.plans[0], stats={"keep_asked": 1.0, "keep_raised": 3.0, "groups": 2.0})
+        return request, replace(facts, plans=(plan,))
 
-    monkeypatch.setattr(vlm, "answer", raised)
+    monkeypatch.setattr(vlm.asker, "request", raised)
     _, (record,) = run(vlm, tmp_path / "p")
     assert (record.choices["keep_asked"], record.choices["keep_raised"]) == (1, 3)
     assert "groups" not in record.choices
@@ -137,14 +135,14 @@ def test_a_fault_of_ours_becomes_an_error_row_and_the_run_goes_on(
     vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = pictures(tmp_path / "p", 3)
-    plain, calls = vlm.answer, iter(range(9))
+    plain, calls = vlm.asker.request, iter(range(9))
 
-    def answer(*args: Any, **options: Any) -> Any:
+    def request(*arguments: Any) -> Any:
         if next(calls) == 1:
             raise ZeroDivisionError("on the\nsecond")
-        return plain(*args, **options)
+        return plain(*arguments)
 
-    monkeypatch.setattr(vlm, "answer", answer)
+    monkeypatch.setattr(vlm.asker, "request", request)
     summary, records = run(vlm, folder)
     assert [record.status for record in records] == ["ok", "error", "ok"]
     assert records[1].error == "internal error (ZeroDivisionError: on the second)"
@@ -153,17 +151,27 @@ def test_a_fault_of_ours_becomes_an_error_row_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_lets_the_picture_finish_and_a_later_run_goes_on(vlm: VLM, tmp_path: Path, number: int) -> None:
+def test_an_interrupt_lets_what_is_generated_finish_and_a_later_run_goes_on(
+    pair: Pair, tmp_path: Path, number: int
+) -> None:
+    with load(pair.lm, pair.mmproj, threads=1, parallel=1) as vlm:
+        _interrupted_and_resumed(vlm, tmp_path, number, 1)
+    with load(pair.lm, pair.mmproj, threads=1, parallel=2) as vlm:
+        _interrupted_and_resumed(vlm, tmp_path / "two", number, 2)
+
+
+def _interrupted_and_resumed(vlm: VLM, tmp_path: Path, number: int, finished: int) -> None:
+    tmp_path.mkdir(exist_ok=True)
     folder, out = pictures(tmp_path / "p", 4), tmp_path / "o.jsonl"
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     said: list[int] = []
     told = Told(lambda: os.kill(os.getpid(), number))
     summary = into(vlm, folder, out, progress=told, on_stop=lambda: said.append(1))
-    assert (summary.interrupted, summary.ok, said) == (True, 1, [1])
-    assert [row["id"] for row in rows(out)] == ["0.png"]
+    assert (summary.interrupted, summary.ok, said) == (True, finished, [1])
+    assert [row["id"] for row in rows(out)] == [f"{number}.png" for number in range(finished)]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     summary = into(vlm, folder, out)
-    assert (summary.interrupted, summary.skipped, summary.ok) == (False, 1, 3)
+    assert (summary.interrupted, summary.skipped, summary.ok) == (False, finished, 4 - finished)
     assert [row["id"] for row in rows(out)] == ["0.png", "1.png", "2.png", "3.png"]
 
 
@@ -174,7 +182,7 @@ def test_a_second_interrupt_stops_at_once(vlm: VLM, tmp_path: Path, monkeypatch:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(vlm, "answer", twice)
+    monkeypatch.setattr(vlm.decoder, "decode", twice)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         into(vlm, folder, out)

@@ -71,7 +71,7 @@ def test_an_interrupted_process_says_how_to_go_on_and_exits_130(pair: Pair, tmp_
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert stdout == ""
-    assert "stopping after the current picture" in stderr
+    assert "stopping after the captions that are begun" in stderr
     assert "Traceback" not in stderr
     done = len(rows(out))
     assert 2 <= done < 24

@@ -242,7 +242,7 @@ def test_a_batch_may_be_interrupted_while_it_is_scored_and_while_it_is_captioned
             if count == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with opened(pair, "batch") as vlm:
+    with opened(pair, "batch", parallel=1) as vlm:
         stopping = Stopping()
         summary = into(vlm, folder, out, progress=stopping)
         assert (summary.interrupted, summary.ok, stopping.counts) == (True, 0, [1, 2, 3])
@@ -256,7 +256,14 @@ def test_a_batch_may_be_interrupted_while_it_is_scored_and_while_it_is_captioned
 
 def test_a_picture_that_changes_while_others_are_scored_is_due_again(pair: Pair, tmp_path: Path) -> None:
     folder, out = folder_of(tmp_path / "p", range(3)), tmp_path / "o.jsonl"
-    told = Told(lambda: Image.fromarray(scene(9)).save(folder / "02.png"))
+
+    class Changing(Told):
+        def scored(self, count: int) -> None:
+            super().scored(count)
+            if count == 3:
+                Image.fromarray(scene(9)).save(folder / "02.png")
+
+    told = Changing()
     with opened(pair, "batch") as vlm:
         summary = into(vlm, folder, out, progress=told)
         assert [name for name, _ in summary.failures] == ["02.png"]

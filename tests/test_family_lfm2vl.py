@@ -124,11 +124,11 @@ def test_further_questions_fork_the_prompt_up_to_the_picture(proof: Proof) -> No
         assert vlm.model.recurrent
         encoded = vlm.encode(picture)
         our_greedy(vlm, [encoded], "what is this", 4)
-        held, fed = vlm._held, []
+        held, fed = vlm.asker._held, []
         decode = vlm.decoder.decode
         vlm.decoder.decode = lambda batch, **options: (fed.append(sum(map(len, batch))), decode(batch, **options))[1]
         said, logits = our_greedy(vlm, [encoded], "how many", 4)
-        assert vlm._held is held
+        assert vlm.asker._held is held
     theirs, wanted = proof.greedy([picture], "how many", 4)
     assert said == theirs
     assert error(logits, wanted) <= 5e-3

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from edge_tokcomp import load
-from edge_tokcomp.errors import ImageError, TokcompError, UsageError
+from edge_tokcomp.errors import ImageError, TokcompError
 from edge_tokcomp.families import family_for
 from family_proof import Proof, assert_same_rows, assert_same_text, assert_same_when_rows_are_dropped, photo
 from hf_language import write_language
@@ -135,11 +135,6 @@ def test_a_lower_resolution_is_a_smaller_picture_of_the_same_proportions(proof: 
         np.testing.assert_array_equal(vlm.engine.pixels(picture, encoded.variant).crops[0], wanted.crops[0])
 
 
-def test_merging_inside_these_towers_is_refused_at_loading(proof: Proof) -> None:
-    with pytest.raises(UsageError, match="patches cannot be merged inside this tower"):
-        proof.open(method="luvc", keep=8)
-
-
 def test_prompt_tokens_are_those_of_the_processor(proof: Proof) -> None:
     """Rows, not positions: a picture of M-RoPE moves the text on by less than it has rows."""
     pictures = [photo(203, 151), photo(100, 60)]
@@ -154,7 +149,7 @@ def test_a_template_that_takes_no_image_gets_the_marks_around_it(proof: Proof, t
     lm = write_language(proof.model, proof.name, tmp_path / "plain.gguf", proof.tokenizer, plain)
     with load(lm, proof.mmproj, threads=1, provider="cpu", n_ctx=512) as vlm:
         encoded = vlm.encode(photo(100, 60))
-        pieces = vlm._written("what is this", 1).around([encoded.around]).tokenize(vlm.model)
+        pieces = vlm.asker.written("what is this", 1).around([encoded.around]).tokenize(vlm.model)
         said = [vlm.model.detokenize(piece, special=True) for piece in pieces]
     assert said[0].endswith("<|im_start|>user\n<|vision_start|>")
     assert said[1].startswith("<|vision_end|>what is this<|im_end|>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -41,27 +42,27 @@ def some_logits(seed: int = 0) -> NDArray[np.float32]:
     return (3 * np.random.default_rng(seed).standard_normal(N_VOCAB)).astype(np.float32)
 
 
-def draw(sampling: Sampling, count: int = 200) -> list[int]:
-    with Sampler(sampling, N_VOCAB) as sampler:
+def draw(model: LanguageModel, sampling: Sampling, count: int = 200) -> list[int]:
+    with Sampler(sampling, model) as sampler:
         return [sampler.sample(some_logits()) for _ in range(count)]
 
 
-def test_greedy_and_top_k_one_pick_the_maximum() -> None:
-    with Sampler(Sampling(), N_VOCAB) as greedy, Sampler(Sampling(temperature=1.5, top_k=1), N_VOCAB) as single:
+def test_greedy_and_top_k_one_pick_the_maximum(model: LanguageModel) -> None:
+    with Sampler(Sampling(), model) as greedy, Sampler(Sampling(temperature=1.5, top_k=1), model) as single:
         for seed in range(20):
             assert greedy.sample(some_logits(seed)) == single.sample(some_logits(seed)) == some_logits(seed).argmax()
 
 
-def test_the_seed_decides() -> None:
-    first = draw(Sampling(temperature=1.0, seed=7))
-    assert first == draw(Sampling(temperature=1.0, seed=7))
-    assert first != draw(Sampling(temperature=1.0, seed=8))
+def test_the_seed_decides(model: LanguageModel) -> None:
+    first = draw(model, Sampling(temperature=1.0, seed=7))
+    assert first == draw(model, Sampling(temperature=1.0, seed=7))
+    assert first != draw(model, Sampling(temperature=1.0, seed=8))
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_draws_follow_the_probabilities(model: LanguageModel) -> None:
     logits = np.full(N_VOCAB, -100, np.float32)
     logits[[5, 6, 7]] = np.log([0.6, 0.3, 0.1])
-    with Sampler(Sampling(temperature=1.0, seed=1), N_VOCAB) as sampler:
+    with Sampler(Sampling(temperature=1.0, seed=1), model) as sampler:
         counts = np.bincount([sampler.sample(logits) for _ in range(3000)], minlength=8)[5:8]
     np.testing.assert_allclose(counts / 3000, [0.6, 0.3, 0.1], atol=0.04)
 
@@ -74,7 +75,7 @@ def test_draws_follow_the_probabilities() -> None:
         Sampling(temperature=1.0, min_p=0.3),
     ],
 )
-def test_cuts_leave_only_the_tokens_they_name(sampling: Sampling) -> None:
+def test_cuts_leave_only_the_tokens_they_name(model: LanguageModel, sampling: Sampling) -> None:
     logits = some_logits().astype(np.float64)
     order = np.argsort(-logits)
     probability = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -84,13 +85,25 @@ def test_cuts_leave_only_the_tokens_they_name(sampling: Sampling) -> None:
         allowed = order[: int(np.searchsorted(np.cumsum(probability[order]), sampling.top_p)) + 1]
     else:
         allowed = np.flatnonzero(probability >= sampling.min_p * probability.max())
-    assert set(draw(sampling, 500)) == set(allowed.tolist())
+    assert set(draw(model, sampling, 500)) == set(allowed.tolist())
 
 
-def test_repeat_penalty_turns_to_other_tokens() -> None:
-    with Sampler(Sampling(repeat_penalty=5.0), N_VOCAB) as sampler:
+def test_repeat_penalty_turns_to_other_tokens(model: LanguageModel) -> None:
+    with Sampler(Sampling(repeat_penalty=5.0), model) as sampler:
         chosen = [sampler.sample(np.abs(some_logits())) for _ in range(6)]
     assert len(set(chosen)) == 6
+
+
+def test_a_grammar_leaves_only_what_it_allows(model: LanguageModel) -> None:
+    with Sampler(Sampling(grammar='root ::= "ab" [0-9]'), model) as sampler:
+        tokens = [sampler.sample(some_logits(seed)) for seed in range(4)]
+    assert re.fullmatch("ab[0-9]", model.detokenize(np.array(tokens[:3], np.int32)))
+    assert model.is_end(tokens[3])
+
+
+def test_a_grammar_that_cannot_be_read_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="the grammar cannot be read; write GBNF"):
+        Sampler(Sampling(grammar="root ::= ("), model)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +119,8 @@ def test_sampling_out_of_range_names_value_and_range(options: dict[str, float]) 
         Sampling(**options)  # type: ignore[arg-type]
 
 
-def test_unusable_logits() -> None:
-    with Sampler(Sampling(), N_VOCAB) as sampler:
+def test_unusable_logits(model: LanguageModel) -> None:
+    with Sampler(Sampling(), model) as sampler:
         with pytest.raises(ValueError, match=r"logits \(3,\) must be \(416,\)"):
             sampler.sample(np.zeros(3, np.float32))
         broken = some_logits()

@@ -85,8 +85,8 @@ def test_the_same_bytes_under_another_name_get_a_row_without_being_computed(
     folder, out = pictures(tmp_path / "p", 2), tmp_path / "o.jsonl"
     (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
     calls: list[str] = []
-    plain = vlm.answer
-    monkeypatch.setattr(vlm, "answer", lambda e, q, **o: (calls.append(q), plain(e, q, **o))[1])
+    plain = vlm.asker.request
+    monkeypatch.setattr(vlm.asker, "request", lambda e, q, *o: (calls.append(q), plain(e, q, *o))[1])
     assert into(vlm, folder, out).ok == 3
     assert len(calls) == 2
     by_id = {row["id"]: row for row in rows(out)}

@@ -51,6 +51,10 @@ class Decoder(Protocol):
         """Whether image rows have to come in one batch with the text that follows them."""
 
     @property
+    def prunes(self) -> bool:
+        """Whether image rows are dropped on the way, so that those of a prompt have to come in one batch."""
+
+    @property
     def positions(self) -> Positions:
         """Whether every layer sees a row at the position it was given, or at its place among those that are left."""
 
@@ -62,6 +66,9 @@ class Decoder(Protocol):
 
     def drop(self, sequence: int, start: int | None = None) -> None:
         """Forget positions from ``start`` on, or the whole sequence."""
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on."""
 
     def clear(self) -> None:
         """Forget everything."""
@@ -76,7 +83,7 @@ class Decoder(Protocol):
 class PlainDecoder(Segment):
     """The whole model in one llama.cpp context, whose key-value cache is shared by all sequences."""
 
-    looks_at_text = False
+    looks_at_text = prunes = False
     positions: Positions = "original"
 
     @property

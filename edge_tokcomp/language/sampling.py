@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TokcompError, UsageError
 from .binding import SamplerChain
+
+if TYPE_CHECKING:
+    from .model import LanguageModel
 
 _PENALTY_WINDOW = 64
 _RANDOM_SEED = 0xFFFFFFFF
@@ -21,7 +25,9 @@ class Sampling:
 
     ``top_k``: the k most probable only, 0 for all. ``top_p``: the smallest set with that probability in sum.
     ``min_p``: those with at least that fraction of the best one's probability. ``repeat_penalty``: above 1, the last 64
-    generated tokens become less probable. ``seed``: the same seed gives the same text on the same logits.
+    generated tokens become less probable. ``seed``: the same seed gives the same text on the same logits. ``grammar``:
+    a grammar in llama.cpp's GBNF whose rule ``root`` the text must follow. ``ignore_end``: tokens that end a text are
+    never chosen, so that it is as long as it may be.
 
     Raises ``UsageError`` for values out of range.
     """
@@ -32,6 +38,8 @@ class Sampling:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int = 0
+    grammar: str = ""
+    ignore_end: bool = False
 
     def __post_init__(self) -> None:
         rules = {
@@ -48,11 +56,20 @@ class Sampling:
 
 
 class Sampler:
-    """The sampler chain of one sequence: it remembers what it chose (``repeat_penalty``) and its random state."""
+    """The sampler chain of one sequence: it remembers what it chose (``repeat_penalty``, ``grammar``) and its random
+    state."""
 
-    def __init__(self, sampling: Sampling, n_vocab: int) -> None:
-        self._n_vocab = n_vocab
+    def __init__(self, sampling: Sampling, model: LanguageModel) -> None:
+        """Raises ``UsageError`` for a grammar that cannot be read."""
+        n_vocab = self._n_vocab = model.n_vocab
+        self._ends = model.end_tokens if sampling.ignore_end else None
         chain = self._chain = SamplerChain(n_vocab)
+        # llama.cpp's greedy sampler takes the first of the highest logits, as argmax does; the candidates that a chain
+        # works on take ten times as long to lay out.
+        self._plain = sampling.temperature == 0 and sampling.repeat_penalty == 1 and not sampling.grammar
+        if sampling.grammar and not chain.add_grammar(model.handle.vocab, sampling.grammar):
+            chain.close()
+            raise UsageError("the grammar cannot be read; write GBNF with a rule root (see llama.cpp's grammars)")
         if sampling.repeat_penalty != 1:
             chain.add("penalties", n_vocab, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0)
         if sampling.temperature == 0:
@@ -81,7 +98,11 @@ class Sampler:
                 "the language model returned logits that are not numbers; the file may be damaged, "
                 "or its values overflow in the key-value cache (try kv_type f32)"
             )
-        return self._chain.sample(logits)
+        _ = self._chain.pointer  # a closed chain says so
+        if self._ends is not None:
+            logits = logits.copy()
+            logits[self._ends] = -np.inf
+        return int(logits.argmax()) if self._plain else self._chain.sample(logits)
 
     def close(self) -> None:
         """Free the chain; a second call does nothing."""
