@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_tokcomp.encoded_cache import EncodedCache
 from edge_tokcomp.images import Image, open_image
 from edge_tokcomp.methods import Method, get_method
 from edge_tokcomp.methods.layer_step import LayerStep
@@ -69,7 +70,7 @@ def main() -> None:
     samples: list[list[dict[str, float]]] = [[] for _ in arms]
     image = open_image(options.image)
     with ExitStack() as stack:
-        settings = {"precision": options.precision, "threads": options.threads}
+        settings = {"precision": options.precision, "threads": options.threads, "cache": EncodedCache(0)}
         whole = stack.enter_context(load(options.lm, options.mmproj, **settings))
         segmented = whole
         if inside := tuple(step for arm in arms for step in arm.steps):

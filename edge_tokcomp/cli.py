@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TextIO
 
 from . import __version__
@@ -19,7 +20,10 @@ from .errors import ImageError, TokcompError
 
 OK, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-_FILE_VERBS = ("methods", "models", "compress", "export", "split", "pull")
+_ROOMS = {"bench": "bench_command"} | dict.fromkeys(
+    ("methods", "models", "compress", "export", "split", "pull"), "file_commands"
+)
+"""Where verbs are that run no model of the user's in this process; the others are in ``commands``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +46,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     )
     options.command_line = ["edge-tokcomp", *(sys.argv[1:] if arguments is None else arguments)]
     try:
-        from . import commands, file_commands
-
-        room = file_commands if options.run in _FILE_VERBS else commands
+        room = import_module(f".{_ROOMS.get(options.run, 'commands')}", __package__)
         code = int(getattr(room, options.run)(options))
         sys.stdout.flush()
         return code
@@ -113,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(caption)
     caption.add_argument("--prompt", help="what is asked of each picture; {stem} and {parent} stand for its names")
     caption.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest caption (default 256)")
+    caption.add_argument("--parallel", type=int, metavar="N", help="captions that are generated at once, as far as the "
+                         "context holds them (default 16)")  # fmt: skip
     caption.add_argument("--out", metavar="FILE", help="FILE.jsonl, FILE.csv, or - for JSON lines on stdout; "
                          "without it, names and captions go to stdout")  # fmt: skip
     caption.add_argument("--sidecar", metavar="EXT", help="also write each caption beside its picture, as .txt say")
@@ -158,6 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_options(evaluate)
 
+    bench = _verb(verbs, "bench", "measure speed and memory beside llama-cpp-python's own image handler")
+    _bench_options(bench)
+
     methods = _verb(verbs, "methods", "list the compression methods and layer steps, with their options")
     methods.add_argument("--json", action="store_true", help="as JSON")
 
@@ -198,11 +205,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--shape", default="smolvlm-500m", metavar="S", help="random weights of a published model's "
+                       "sizes, written to the cache: llava-1.5-7b, llava-next-7b, smolvlm-256m, smolvlm-500m "
+                       "(default), qwen2.5-vl-3b, internvl3-1b, gemma3-4b")  # fmt: skip
+    bench.add_argument("--lm", metavar="LM.gguf", help="a real model instead, with --mmproj")
+    bench.add_argument("--mmproj", metavar="MMPROJ.gguf")
+    bench.add_argument("--method", default="mosaic", metavar="M", help="what is compared (default mosaic)")
+    bench.add_argument("--keep", type=int, default=64, metavar="K", help="image tokens kept (default 64)")
+    bench.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="int8", help="of our tower (default "
+                       "int8)")  # fmt: skip
+    bench.add_argument("--size", default="1024x768", metavar="WxH", help="of the pictures (default 1024x768)")
+    bench.add_argument("--tokens", type=int, default=48, metavar="N", help="length of every caption (default 48)")
+    bench.add_argument("--prompt", default="Describe the image in detail.")
+    bench.add_argument("--rounds", type=int, default=10, metavar="N", help="captions of each contender (default 10)")
+    bench.add_argument("--batches", type=int, default=3, metavar="N", help="batches of each arm (default 3)")
+    bench.add_argument("--images", type=int, default=32, metavar="N", help="pictures of a batch (default 32)")
+    bench.add_argument("--parallel", type=int, default=16, metavar="N", help="captions generated at once in a batch "
+                       "(default 16)")  # fmt: skip
+    bench.add_argument("--threads", type=int, metavar="N", help="of every contender (default: all cores)")
+    bench.add_argument("--ctx", type=int, default=4096, metavar="N", help="rows of context (default 4096)")
+    bench.add_argument("--without", nargs="+", default=[], choices=("none", "pool", "baseline"), help="contenders that "
+                       "are left out")  # fmt: skip
+    bench.add_argument("--out", metavar="FILE.json", help="also write the document there")
+
+
 def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     parser.set_defaults(run=name)
     return parser
+
+
+def _threads(text: str) -> int | None:
+    return None if text == "auto" else int(text)
 
 
 def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True, steps: bool = True) -> None:
@@ -219,8 +255,11 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True,
     group.add_argument(
         "--gpu-layers", type=int, default=0, metavar="N", help="language model layers on the GPU, -1 all"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="one budget for everything (default: all cores)")
+    group.add_argument("--threads", type=_threads, metavar="N", help="one budget for everything (default: auto, all "
+                       "cores; with many pictures it is measured how tower and language model share them)")  # fmt: skip
     group.add_argument("--ctx", type=int, metavar="N", help="rows of context (default: the model's, up to 4096)")
+    group.add_argument("--image-cache", metavar="SIZE", help="keep what the tower says of pictures on disk, up to SIZE "
+                       "(500MB, 4GB), so that asking about them again costs no encoding")  # fmt: skip
     group.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 100 000 000)")
     if not compression:
         parser.set_defaults(keep=None, method=None, dynamic=None, layer_steps=None, seed=0)
