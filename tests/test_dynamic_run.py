@@ -314,7 +314,7 @@ def test_a_stream_taken_up_again_goes_on_as_if_it_had_not_been_interrupted(
     folder, out = folder_of(tmp_path / "p", range(7)), tmp_path / name
     (folder / "01copy.png").write_bytes((folder / "01.png").read_bytes())
     (folder / "bad.png").write_text("text")
-    with opened(pair, "running") as vlm:
+    with opened(pair, "running", parallel=1) as vlm:
         _, whole = run(vlm, folder)
         again = run(vlm, folder)[1]
         assert [(r.id, r.tokens_after, r.choices) for r in whole] == [(r.id, r.tokens_after, r.choices) for r in again]

@@ -13,7 +13,6 @@ from edge_tokcomp.images import wrap_image
 from edge_tokcomp.methods import get_method
 from edge_tokcomp.overlay import draw_overlay
 from edge_tokcomp.tokens import Layout, Plan, Role, VisionTokens
-from edge_tokcomp.variant import PLAIN
 from edge_tokcomp.vlm import VLM
 from made_up_images import image, with_separators
 
@@ -158,8 +157,10 @@ def test_the_rows_of_each_crop_go_where_its_number_stands(vlm: VLM, order):
     layout = with_separators(Layout.of_grids((6, 6), (5, 6), (4, 4), cls_rows=True, overview=0), [20, 37])
     tokens = numbered(layout)
     picture = wrap_image(Pil.new("RGB", (4, 4)), max_pixels=99)
-    seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, PLAIN, None)
-    encoded = vlm.compress(seen, get_method(f"prunesid:order={order}"), 30)
+    method = get_method(f"prunesid:order={order}")
+    variant = vlm.engine.variant(method, 30)
+    seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, variant, None)
+    encoded = vlm.compress(seen, method, 30)
     fed, place = tokens.rows(encoded.plan), layout.crop[encoded.plan.keep]
     words = vlm.embedding.lookup(vlm.model.tokenize(" mid", add_special=False, parse_special=True))
     expected = [fed[place == 2], fed[place == 0], words, fed[place == 1]]
