@@ -271,17 +271,22 @@ def tower_file(mmproj: Path) -> Path:
 
 
 def _encoded(tower: Tower, crops: Sequence[Floats], merges: Sequence[tuple[Merge, ...]]) -> list[TowerOutput]:
-    """What the tower says of each crop, with its ``merges``; those alike in both go through it together, a few at a
-    time."""
+    """What the tower says of each crop, with its ``merges``: those alike in shape and merges go through it together, a
+    few at a time, and those alike in every pixel, as the margins of a page, once."""
     found: dict[int, TowerOutput] = {}
     ways = [(crop.shape, each) for crop, each in zip(crops, merges, strict=True)]
+    first: dict[tuple[object, bytes], int] = {}
+    same = [
+        first.setdefault((way, crop.tobytes()), number)
+        for number, (way, crop) in enumerate(zip(ways, crops, strict=True))
+    ]
     for way in dict.fromkeys(ways):
-        members = [number for number, other in enumerate(ways) if other == way]
+        members = [number for number, other in enumerate(ways) if other == way and same[number] == number]
         for start in range(0, len(members), _TOGETHER):
             batch = members[start : start + _TOGETHER]
             output = tower.encode(np.stack([crops[number] for number in batch]), way[1])
             found |= {number: output.crop(place) for place, number in enumerate(batch)}
-    return [found[number] for number in range(len(crops))]
+    return [found[number] for number in same]
 
 
 def _owner(output: TowerOutput, grid: tuple[int, int], spec: TowerSpec) -> Ints:

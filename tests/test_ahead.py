@@ -70,8 +70,7 @@ def test_closing_ends_the_thread_and_what_feeds_it() -> None:
 
     def source() -> Iterator[int]:
         try:
-            for number in range(10**9):
-                yield number
+            yield from range(10**9)
         finally:
             ended.append("source")
 

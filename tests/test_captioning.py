@@ -101,7 +101,8 @@ def test_a_record_says_what_was_chosen_and_why(vlm: VLM, tmp_path: Path, monkeyp
     written = chat_prompt(vlm.model, PARAMETERS.prompt, 1)
     assert record.choices == {
         "engine": "onnx", "provider": vlm.engine.reason, "precision": "fp32", "n_ctx": vlm.decoder.n_ctx, "threads": 1,
-        "division": "tower 1, language model 1, in turns: as it was loaded", "parallel": 16, "prompt_form": written.form, "prompt_reason": written.reason,
+        "division": "tower 1, language model 1, in turns: as it was loaded", "parallel": 16,
+        "prompt_form": written.form, "prompt_reason": written.reason,
     }  # fmt: skip
     plain = vlm.asker.request
 

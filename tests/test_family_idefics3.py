@@ -15,6 +15,7 @@ from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.export.mmproj import Mmproj
 from edge_tokcomp.families import TowerSpec, family_for, family_named
 from edge_tokcomp.families.base import Part, Pixels
+from edge_tokcomp.tower import Tower
 from family_proof import (
     Proof,
     assert_same_rows,
@@ -164,6 +165,27 @@ def test_the_overview_comes_last_and_methods_know_it(proof: Proof) -> None:
     layout = proof.family.layout(pixels, proof.spec)
     assert layout.overview == len(pixels.crops) - 1 == 12
     assert pixels.tiles == (3, 4)
+
+
+def test_tiles_alike_in_every_pixel_go_through_the_tower_once(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The white margins of a page."""
+    page = Image.new("RGB", (300, 300), "white")
+    page.paste(photo(20, 16), (1, 1))
+    with proof.open() as vlm:
+        counts: list[int] = []
+        plain = Tower.encode
+        monkeypatch.setattr(
+            Tower, "encode", lambda self, crops, *more: (counts.append(len(crops)), plain(self, crops, *more))[1]
+        )
+        seen = vlm.see(page)
+        crops = vlm.engine.pixels(page).crops
+    distinct = len({crop.tobytes() for crop in crops})
+    assert sum(counts) == distinct < len(crops)
+    monkeypatch.undo()
+    features = np.split(np.asarray(seen.tokens.features), len(crops))
+    with proof.open() as vlm:
+        for crop, rows in zip(crops, features, strict=True):
+            np.testing.assert_allclose(vlm.engine.tower.encode(crop[None]).features[0], rows, atol=1e-5)
 
 
 def test_lower_resolution_shrinks_every_crop(proof: Proof) -> None:
