@@ -20,7 +20,8 @@ from edge_tokcomp.errors import UsageError
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.readout import Readout
-from edge_tokcomp.language.segmented import SegmentedDecoder, _gpu_shares
+from edge_tokcomp.language.segment_files import gpu_shares
+from edge_tokcomp.language.segmented import SegmentedDecoder
 from edge_tokcomp.layer_state import LayerState
 from edge_tokcomp.methods.layer_steps import image_share, read_layer_steps
 from edge_tokcomp.tokens import Rows
@@ -389,7 +390,7 @@ def test_rows_dropped_before_the_first_layer_were_never_fed(tmp_path: Path, arch
 def test_as_many_layers_are_offloaded_as_of_the_whole_model(gpu_layers: int) -> None:
     """llama.cpp counts from the end, the output first, and takes it with any layer."""
     layers = [3, 1, 4]
-    shares = _gpu_shares(gpu_layers, layers)
+    shares = gpu_shares(gpu_layers, layers)
     found = [
         share < 0 or count - row < share for count, share in zip(layers, shares, strict=True) for row in range(count)
     ]

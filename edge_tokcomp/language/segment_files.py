@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class SegmentFiles:
     source: str
     name: str
 
+    @property
+    def layers(self) -> list[int]:
+        """Of each segment, how many."""
+        return [stop - start for start, stop in zip((0, *self.cuts), (*self.cuts, self.depth), strict=True)]
+
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> SegmentFiles:
         """Check the headers in ``directory``; no tensor is read.
@@ -63,6 +69,18 @@ class SegmentFiles:
             raise TokcompError(f"{folder}: holds layers 0 to {ends[-1] - 1} of {depth}; cut the model again")
         name = headers[0].text(PREFIX + "model")
         return cls(folder, tuple(paths), tuple(starts[1:]), depth, architecture, source, name)
+
+
+def gpu_shares(gpu_layers: int, layers: Sequence[int]) -> list[int]:
+    """What each segment is loaded with: llama.cpp counts from the end, the output first."""
+    if gpu_layers < 0:
+        return [gpu_layers] * len(layers)
+    shares, rest = [], gpu_layers
+    for number, count in enumerate(reversed(layers)):
+        own = min(rest, count + (number == 0))
+        shares.append(own + (number > 0 and own > 0))
+        rest -= own
+    return shares[::-1]
 
 
 def segment_name(number: int, count: int) -> str:

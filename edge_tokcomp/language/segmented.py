@@ -30,7 +30,7 @@ from .pruning import Flow, Pruning, flows_of, schedule, split_answers
 from .readout import Readout
 from .row_attention import final_norm, head_scale, text_attention
 from .segment import Logits, Segment, check_memory, usual_context
-from .segment_files import SegmentFiles
+from .segment_files import SegmentFiles, gpu_shares
 
 Floats = NDArray[np.float32]
 
@@ -89,7 +89,7 @@ class SegmentedDecoder:
         Raises ``TokcompError`` and ``UsageError`` as ``LanguageModel.open`` and the class do.
         """
         schedule(steps, files.cuts, files.depth, files.architecture)  # refuses before anything is loaded
-        shares = _gpu_shares(gpu_layers, [stop - start for start, stop in _ranges(files)])
+        shares = gpu_shares(gpu_layers, files.layers)
         with ExitStack() as stack:
             models = [
                 stack.enter_context(LanguageModel.open(path, gpu_layers=share, threads=threads, use_mmap=use_mmap))
@@ -388,19 +388,3 @@ class SegmentedDecoder:
         # More were noted in this call, for a step on the layer's other side; with fewer the text is not known whole.
         if len(earlier) == len(self._history[sequence].time):
             self._lead_keys[layer][sequence] = np.concatenate([earlier, keys])
-
-
-def _ranges(files: SegmentFiles) -> list[tuple[int, int]]:
-    return list(zip((0, *files.cuts), (*files.cuts, files.depth), strict=True))
-
-
-def _gpu_shares(gpu_layers: int, layers: Sequence[int]) -> list[int]:
-    """What each segment is loaded with: llama.cpp counts from the end, the output first."""
-    if gpu_layers < 0:
-        return [gpu_layers] * len(layers)
-    shares, rest = [], gpu_layers
-    for number, count in enumerate(reversed(layers)):
-        own = min(rest, count + (number == 0))
-        shares.append(own + (number > 0 and own > 0))
-        rest -= own
-    return shares[::-1]
