@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from edge_tokcomp.captioning import Parameters, caption_all
+from edge_tokcomp.encoded_cache import EncodedCache
 from edge_tokcomp.export.demo.scenes import draw_scene
 from edge_tokcomp.records import JsonLines, Record
 from edge_tokcomp.sources import find_sources
@@ -56,7 +57,7 @@ def main() -> None:
         folder = Path(name)
         for index in range(options.images):
             Image.fromarray(draw_scene((MEMORY_SEED, index), "test").image).save(folder / f"{index:05}.png")
-        with load(keep=options.keep) as vlm:
+        with load(keep=options.keep, cache=EncodedCache(0)) as vlm:  # as the command does
             sink = JsonLines(folder / "out.jsonl")
             summary = caption_all(vlm, find_sources([name]), sink, Parameters(), progress=watch)
             sink.close()
