@@ -73,7 +73,7 @@ def caption(options: argparse.Namespace) -> int:
         console.say(f"{vlm.name}, {inside}tower {vlm.engine.reason}, {len(sources)} images")
         if warning:
             console.say(warning)
-        if options.threads is None and len(sources) >= _MANY:
+        if options.threads is None and len(sources) - len(done.latest if done else ()) >= _MANY:
             _divide(vlm, sources, parameters, console)
         if vlm.sharing and vlm.sharing.by == "batch":
             console.say("dynamic batch: every picture is scored first, then captioned; the tower runs twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from conftest import Pair
 from PIL import Image
 
+from edge_tokcomp import commands
 from edge_tokcomp.cli import main
 from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.records import JsonLines
@@ -91,3 +93,41 @@ def test_an_interrupt_while_the_model_loads_is_told(
     assert main(["caption", str(pictures(tmp_path / "p", 1)), "--out", str(out)]) == 130
     assert capsys.readouterr().err == "edge-tokcomp: interrupted; run the same command again to go on\n"
     assert not out.exists()
+
+
+def test_many_pictures_have_the_threads_divided_by_measuring_unless_they_are_named(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(commands, "_MANY", 3)
+    folder, out = pictures(tmp_path / "p", 3), tmp_path / "o.jsonl"
+    (folder / "0.png").write_bytes(b"no picture")  # the first that can be read is measured on
+    call = ["caption", str(folder), "--lm", str(pair.lm), "--mmproj", str(pair.mmproj), "--max-tokens", "3"]
+    assert main([*call, "--threads", "2", "--out", "-"]) == 1
+    assert "threads:" not in capsys.readouterr().err
+    assert main([*call, "--threads", "auto", "--out", str(out)]) == 1
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("threads:"))
+    record = next(row for row in map(json.loads, out.read_text().splitlines()) if row["status"] == "ok")
+    assert told == f"threads: {record['choices']['division']}"
+    assert main([*call, "--out", str(out)]) == 1  # nothing but the broken one is left
+    assert "threads:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--threads", "many", "'many' is neither a number nor auto"),
+        ("--threads", "0", "--threads 0 is not a positive number"),
+        ("--parallel", "0", "--parallel 0 is not a positive number"),
+        ("--image-cache", "much", "image cache of 'much': write a size such as 500MB or 4GB"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_in_one_line(
+    flag: str, value: str, reason: str, tmp_path: Path, capsys: Captured
+) -> None:
+    pictures(tmp_path / "p", 1)
+    try:
+        code = main(["caption", str(tmp_path / "p"), flag, value])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2
+    assert reason in capsys.readouterr().err
