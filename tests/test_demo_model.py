@@ -94,7 +94,7 @@ def test_greedy_answers_over_all_rows_equal_those_of_transformers(vlm: VLM, tmp_
     asked, wide, rounded = 0, [], []
     with load(tmp_path / "f32.gguf", DEMO_MMPROJ) as exact:
         exact.decoder.close()
-        exact.decoder = PlainDecoder(exact.model, n_ctx=2048, n_sequences=2, kv_type="f32")
+        exact.decoder = exact.asker.decoder = PlainDecoder(exact.model, n_ctx=2048, n_sequences=2, kv_type="f32")
         for seed in range(10):
             scene = draw_scene((13, seed), "test")
             encoded, plain = vlm.encode(scene.image), exact.encode(scene.image)
