@@ -71,7 +71,7 @@ class ImageEncoder:
         query = self._embed(question, False).embeddings if asked else None
         with self._pools.limit(limits=self.threads, user_api="blas"):
             # What a method of the tower's leaves is kept, all of it where it has nothing to do.
-            chooser = WHOLE if isinstance(method, TowerMethod) else method
+            chooser = (method.behind or WHOLE) if isinstance(method, TowerMethod) else method
             plan = chooser.compress(tokens, keep, seed=self.seed, query=query)
         kept = np.asarray(tokens.rows(plan), np.float32)
         rows = image_rows(seen.inner, kept, plan, tokens.layout, self._text, on_grid=self.engine.positions == "grid")

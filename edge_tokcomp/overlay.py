@@ -23,13 +23,13 @@ def draw_overlay(
 ) -> Image.Image:
     """What the tower saw of each crop, side by side, with ``plan`` laid over it; its counts and ``method`` below.
 
-    ``owner``: of each crop ``(N,)``, the cell that each patch was merged into inside the tower; what is drawn then is
-    those cells.
+    ``owner``: of each crop ``(N,)``, the cell that each patch was merged into inside the tower; then the borders are
+    those of the cells that are kept.
     """
     if owner is None:
         crops = [_crop(pixels, spec, layout, plan, number) for number in range(len(pixels.crops))]
     else:
-        crops = [_merged(pixels, spec, owner[number], number) for number in range(len(pixels.crops))]
+        crops = [_merged(pixels, spec, layout, plan, owner[number], number) for number in range(len(pixels.crops))]
     width = sum(crop.width for crop in crops) + 8 * (len(crops) - 1)
     canvas = Image.new("RGB", (width, max(crop.height for crop in crops) + _STRIP), (24, 24, 24))
     left = 0
@@ -57,12 +57,23 @@ def _enlarged(pixels: Pixels, spec: TowerSpec, grid: tuple[int, int], number: in
     return np.asarray(seen.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC), np.float32), patch
 
 
-def _merged(pixels: Pixels, spec: TowerSpec, owner: Ints, number: int) -> Image.Image:
+def _merged(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, owner: Ints, number: int) -> Image.Image:
     """A crop with lines where one merged cell ends and the next begins."""
     rows, columns = pixels.grids[number]
     grid = rows * spec.merge, columns * spec.merge
     big, patch = _enlarged(pixels, spec, grid, number)
-    return _shown(_bordered(big, owner.reshape(grid), patch, _EDGE))
+    height, width = layout.grids[number]
+    row, column = np.divmod(owner, width * spec.merge)
+    shares = _shares(layout, plan, number, height * width)[row // spec.merge * width + column // spec.merge]
+    cells = np.where(shares == 1, owner, -1).reshape(grid)
+    return _shown(_bordered(_dimmed(big, shares.reshape(grid), patch), cells, patch, _EDGE))
+
+
+def _dimmed(big: NDArray[np.float32], shares: NDArray[np.float64], patch: int) -> NDArray[np.float32]:
+    """``big`` as light as the ``shares (rows, columns)`` of its patches, and as grey."""
+    light = np.maximum(np.kron(shares, np.ones((patch, patch))), _DIM)[..., None].astype(np.float32)
+    grey = big.mean(axis=2, keepdims=True) * 0.5
+    return np.asarray(big * light + grey * (1 - light) * 0.4)
 
 
 def _bordered(big: NDArray[np.float32], owner: Ints, patch: int, colour: tuple[int, int, int]) -> NDArray[np.float32]:
@@ -81,10 +92,7 @@ def _shown(values: NDArray[np.float32]) -> Image.Image:
 def _crop(pixels: Pixels, spec: TowerSpec, layout: Layout, plan: Plan, number: int) -> Image.Image:
     rows, columns = pixels.grids[number]
     big, patch = _enlarged(pixels, spec, (rows, columns), number)
-    shares = np.kron(_shares(layout, plan, number, rows * columns).reshape(rows, columns), np.ones((patch, patch)))
-    grey = big.mean(axis=2, keepdims=True) * 0.5
-    light = np.maximum(shares, _DIM)[..., None].astype(np.float32)
-    big = big * light + grey * (1 - light) * 0.4
+    big = _dimmed(big, _shares(layout, plan, number, rows * columns).reshape(rows, columns), patch)
     if plan.assign is not None:
         mine = (layout.crop == number) & (layout.role == Role.PATCH)
         owner = np.full(rows * columns, -1, np.int64)

@@ -94,16 +94,17 @@ class TowerEngine:
         pixels = None if picture is None else self.pixels(picture)
         grids = (self.spec.grid,) if pixels is None else pixels.grids
         counts = [math.prod(grid) for grid in grids]
+        before = sum(counts) if pixels is None else self._layout(pixels, grids).before
+        keep = method.leaves(keep, before)
         # A number of tokens is meant for the whole picture.
         wanted = [max(keep * count // sum(counts), 1) if isinstance(keep, int) else keep for count in counts]
         tokens = [tokens_to_keep(part, count) for part, count in zip(wanted, counts, strict=True)]
-        most = 0 if pixels is None else tokens_to_keep(keep, self._layout(pixels, grids).before)
         while True:
             variant = self._variant_of_crops(method, tokens, grids)
             if pixels is None or max(tokens) == 1:
                 return variant
             left = [self._left(variant.of_crop(number), grid) for number, grid in enumerate(grids)]
-            over = self._layout(pixels, left).before - most
+            over = self._layout(pixels, left).before - tokens_to_keep(keep, before)
             if over <= 0:
                 return variant
             # Separators count too, and how many there are shows only now.
@@ -115,18 +116,21 @@ class TowerEngine:
         self, method: TowerMethod, wanted: Sequence[int], grids: Sequence[tuple[int, int]]
     ) -> TowerVariant:
         """For at most ``wanted`` tokens of each crop."""
+        whole = PLAIN if method.behind is None else TowerVariant(block=self._looked_at(method.behind))
         variants = [
-            PLAIN if tokens == math.prod(grid) else self._variant_of_crop(method, tokens, grid)
+            whole if tokens == math.prod(grid) else self._variant_of_crop(method, tokens, grid)
             for tokens, grid in zip(wanted, grids, strict=True)
         ]
         if all(variant == variants[0] for variant in variants):
             return variants[0]
-        merging = next(variant for variant in variants if variant != PLAIN)
+        merging = next(variant for variant in variants if variant != whole)
         return replace(merging, merges=variants[0].merges, further=tuple(variant.merges for variant in variants[1:]))
 
     def _variant_of_crop(self, method: TowerMethod, wanted: int, grid: tuple[int, int]) -> TowerVariant:
         spec = self.spec
         found = method.variant(wanted, grid, spec.blocks, spec.merge, spec.window_patches)
+        if method.behind:
+            found = replace(found, block=self._looked_at(method.behind))
         if found.grid is not None and spec.dynamic and spec.limits.max_tiles is not None:
             raise UsageError(
                 f"method {method.name} runs the tower on crops of one size, and {self.family_name} cuts pictures "
@@ -160,11 +164,13 @@ class TowerEngine:
 
     def kept(self, method: Method, keep: int | float) -> int:
         """Rows that enter the language model under ``method``, of a picture of one crop or as many as are asked for."""
-        if self.sizes_differ and isinstance(keep, int) and method.compresses and not isinstance(method, TowerMethod):
+        chooses = method.compresses if not isinstance(method, TowerMethod) else method.behind is not None
+        if self.sizes_differ and isinstance(keep, int) and chooses:
             return keep
         variant = self.variant(method, keep)
         if not variant.usual:
-            return math.prod(self._left(variant, self.spec.grid))
+            left = math.prod(self._left(variant, self.spec.grid))
+            return min(left, tokens_to_keep(keep, self.spec.patches)) if chooses else left
         return tokens_to_keep(keep, self.spec.patches) if method.compresses else self.spec.patches
 
     def pixels(self, picture: Pil.Image, variant: TowerVariant = PLAIN) -> Pixels:

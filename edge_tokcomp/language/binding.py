@@ -311,7 +311,9 @@ class Context(Handle):
         pointer = llama.llama_get_logits_ith(self.pointer, row)
         if not pointer:
             raise ValueError(f"row {row} of the last batch has no logits")
-        into[:] = np.ctypeslib.as_array(pointer, (self._n_vocab,))
+        if into.shape != (self._n_vocab,) or into.dtype != np.float32 or not into.flags.c_contiguous:
+            raise ValueError(f"logits go into ({self._n_vocab},) float32, not {into.shape} {into.dtype}")
+        ctypes.memmove(_address(into), pointer, into.nbytes)
 
     def set_threads(self, threads: int) -> None:
         llama.llama_set_n_threads(self.pointer, threads, threads)

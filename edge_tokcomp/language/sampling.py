@@ -93,16 +93,18 @@ class Sampler:
         """
         if logits.shape != (self._n_vocab,):
             raise ValueError(f"logits {logits.shape} must be ({self._n_vocab},)")
-        if not np.isfinite(logits.max()):
+        best = int(logits.argmax())  # the first that is not a number, where there is one
+        if not math.isfinite(logits[best]):
             raise TokcompError(
                 "the language model returned logits that are not numbers; the file may be damaged, "
                 "or its values overflow in the key-value cache (try kv_type f32)"
             )
         _ = self._chain.pointer  # a closed chain says so
-        if self._ends is not None:
+        if self._ends is not None and (not self._plain or best in self._ends):
             logits = logits.copy()
             logits[self._ends] = -np.inf
-        return int(logits.argmax()) if self._plain else self._chain.sample(logits)
+            best = int(logits.argmax())
+        return best if self._plain else self._chain.sample(logits)
 
     def close(self) -> None:
         """Free the chain; a second call does nothing."""

@@ -7,6 +7,7 @@ looked for when an unknown name is asked for or the table is listed, never on im
 from __future__ import annotations
 
 import dataclasses
+import re
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,7 @@ from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
 from .holov import HoloV
+from .joined import Joined
 from .luvc import LUVC
 from .mmtok import MMTok
 from .mosaic import Mosaic
@@ -33,11 +35,14 @@ from .visionzip import VisionZip
 from .vispruner import VisPruner
 
 __all__ = [
-    "METHODS", "AttentionMethod", "Candidates", "Choice", "Merges", "Method", "Picks", "Scores", "TowerMethod",
-    "get_method", "information_score", "method_table",
+    "METHODS", "AttentionMethod", "Candidates", "Choice", "Joined", "Merges", "Method", "Picks", "Scores",
+    "TowerMethod", "get_method", "information_score", "method_table",
 ]  # fmt: skip
 
 GROUP = "edge_tokcomp.methods"
+
+_JOIN = re.compile(r"\+(?=\s*[a-z])")
+"""Between two methods; the sign of a number has no letter behind it."""
 
 METHODS: dict[str, type[Method]] = {
     "none": NoCompression,
@@ -66,15 +71,21 @@ METHODS: dict[str, type[Method]] = {
 def get_method(method: str | Method, **options: Any) -> Method:
     """The method of that name with ``options`` set, or ``method`` itself with ``options`` changed.
 
-    The name may carry options: ``"prunesid:centre=token,score=projection"``; keyword arguments win over those.
+    The name may carry options: ``"prunesid:centre=token,score=projection"``; keyword arguments win over those. Two
+    names with a plus between them are a method in the tower and one behind it: ``"luvc:leave=0.4+mosaic"``.
     Raises ``UsageError`` for unknown names and options, with the valid ones.
     """
     if isinstance(method, Method):
         return dataclasses.replace(method, **match_options(type(method), options))
-    name, colon, text = method.partition(":")
+    first, *rest = _JOIN.split(method, maxsplit=1)
+    name, colon, text = first.partition(":")
+    written = read_options(name, text) if colon else {}
+    if rest:
+        leave = {key: written.pop(key) for key in ("leave",) if key in written}
+        joined = Joined(get_method(name, **written), get_method(rest[0].strip()), **leave)  # type: ignore[arg-type]
+        return get_method(joined, **options)
     cls = METHODS.get(name) or _outside(name)
-    written = match_options(cls, read_options(name, text)) if colon else {}
-    return cls(**written | match_options(cls, options))
+    return cls(**match_options(cls, written) | match_options(cls, options))
 
 
 def method_table() -> list[dict[str, Any]]:

@@ -260,7 +260,16 @@ class AttentionMethod(Method):
 
 @dataclass(frozen=True)
 class TowerMethod(Method):
-    """A method that acts before the tower's output, by having the tower run otherwise; all that comes out is kept."""
+    """A method that acts before the tower's output, by having the tower run otherwise."""
+
+    @property
+    def behind(self) -> Method | None:
+        """What chooses among the rows that come out; None where all of them are kept."""
+        return None
+
+    def leaves(self, keep: int | float, before: int) -> int | float:
+        """The budget of what comes out, in a picture of ``before`` tokens of which ``keep`` are to be kept."""
+        return keep
 
     @abstractmethod
     def variant(
