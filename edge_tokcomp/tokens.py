@@ -347,6 +347,7 @@ class Rows:
     the sequence the rows belong to; ``want_logits (n,) bool``: rows whose logits are asked for (last only by default).
     ``crop (n,) int64``: of an image row the image, crop or frame it belongs to, -1 for text; all text by default.
     ``tokens (n,) int32``: of a text row the token that it embeds; models that take ids instead of rows need them.
+    With ``tokens`` the embeddings may be left out, ``(n, 0)``, where a decoder takes text so (``bare``).
     """
 
     embeddings: NDArray[np.float32]
@@ -369,6 +370,13 @@ class Rows:
             raise ValueError(f"crop {self.crop.shape} must be ({count},)")
         if self.tokens is not None and self.tokens.shape != (count,):
             raise ValueError(f"tokens {self.tokens.shape} must be ({count},)")
+        if self.bare and self.tokens is None:
+            raise ValueError(f"{count} rows have neither embeddings nor tokens")
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    @property
+    def bare(self) -> bool:
+        """Whether these are tokens alone."""
+        return not self.embeddings.shape[1]

@@ -14,7 +14,7 @@ from decoding import Floats, exact, image_prompt, random_rows, wanting_all
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.model import LanguageModel
-from edge_tokcomp.language.token_embedding import TokenEmbedding
+from edge_tokcomp.language.token_embedding import TokenEmbedding, bare_rows
 from edge_tokcomp.tokens import Rows
 from tiny_models import TinyModel, write_tiny_llama, write_tiny_model
 
@@ -62,10 +62,14 @@ def test_looked_up_rows_give_the_logits_of_the_tokens(tmp_path: Path, architectu
 
 
 def compare_rows_with_tokens(model: LanguageModel, name: str) -> None:
+    """Rows, tokens alone, and what llama.cpp itself makes of these."""
     with PlainDecoder(model, n_ctx=256) as made:
         (found,) = made.decode([wanting_all(TokenEmbedding.of(model).rows(TOKENS, 0))])
         made.clear()
+        (bare,) = made.decode([wanting_all(bare_rows(TOKENS.tolist(), 0))])
+        made.clear()
         expected = logits_of_tokens(made, TOKENS)
+    np.testing.assert_array_equal(bare, expected, err_msg=name)
     difference = np.abs(found - expected).max()
     assert difference <= 1e-6 * np.abs(expected).max(), f"{name}: {difference}"
 

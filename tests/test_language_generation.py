@@ -166,6 +166,7 @@ class Script:
 
     n_ctx = n_batch = n_ubatch = 64
     n_sequences, n_vocab, row_width = 2, N_VOCAB, 64
+    takes_bare = False
 
     def __init__(self, tokens: Sequence[int], room: int = 64) -> None:
         self.tokens, self.room = list(tokens), room

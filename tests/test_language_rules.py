@@ -16,7 +16,7 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.language.cells import Cells
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
-from edge_tokcomp.language.token_embedding import TokenEmbedding
+from edge_tokcomp.language.token_embedding import TokenEmbedding, bare_rows
 from edge_tokcomp.tokens import Rows
 from tiny_models import TinyModel, write_tiny_llama, write_tiny_model
 
@@ -59,6 +59,7 @@ BAD_ROWS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "sections": (lambda rows: Rows(rows.embeddings, np.zeros((4, 4), np.int32)), "one position a row"),
     "nan": (lambda rows: Rows(rows.embeddings * np.float32("nan"), rows.positions), "row 0 .* not finite"),
     "infinite": (lambda rows: Rows(rows.embeddings / np.float32(0), rows.positions), "row 0 .* not finite"),
+    "bare": (lambda rows: bare_rows([1, 2, 3, 4], 3), "of rows with embeddings or of tokens alone, not of both"),
 }
 
 
@@ -180,6 +181,18 @@ def test_mrope_rules(many: LanguageModel) -> None:
 def test_unknown_token_is_refused_before_decoding(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="token 416 is outside the vocabulary"):
         TokenEmbedding.of(model).rows([1, 416], 0)
+
+
+def test_an_unknown_token_without_its_row_is_refused_by_llama_cpp(decoder: PlainDecoder) -> None:
+    with pytest.raises(TokcompError, match=r"llama\.cpp cannot decode 2 rows"):
+        decoder.decode([bare_rows([1, 416], 0)])
+    assert (decoder.length(0), decoder.room) == (0, decoder.n_ctx)
+    decoder.decode([bare_rows([1, 415], 0)])
+
+
+def test_rows_of_nothing_are_a_bug() -> None:
+    with pytest.raises(ValueError, match="2 rows have neither embeddings nor tokens"):
+        Rows(np.empty((2, 0), np.float32), np.arange(2, dtype=np.int32))
 
 
 def test_closed_decoder(model: LanguageModel) -> None:

@@ -14,6 +14,7 @@ from cut_models import CutModel, Prompt, Watched, alone, cut_model, held, logits
 from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.segmented import SegmentedDecoder
+from edge_tokcomp.language.token_embedding import bare_rows
 from edge_tokcomp.methods.layer_steps import read_layer_steps
 from edge_tokcomp.tokens import Rows
 
@@ -63,6 +64,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(cut: CutModel, de
         ([replace(lead, sequence=5)], r"sequence 5 is outside 0\.\.4"),
         ([replace(lead, embeddings=lead.embeddings[:, :-1].copy())], "rows are 63 wide"),
         ([replace(lead, embeddings=np.full_like(lead.embeddings, np.nan))], "not finite"),
+        ([bare_rows([1, 2], 0)], "sequence 0 are tokens alone, which this decoder does not look up"),
         ([text], "must follow at 0|must start at 0"),
     ]
     for batch, words in cases:

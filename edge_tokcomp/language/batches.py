@@ -21,7 +21,8 @@ Stand = tuple[int, int]
 class Join:
     """A batch laid end to end: ``embeddings (n, width)``, ``positions (n,)`` or ``(4, n)``, the rest ``(n,)``.
 
-    ``tokens``: for models that take them, what is fed instead of text rows, -1 for image rows; else None.
+    ``tokens``: what is fed instead of text rows, -1 for image rows: for models that take them, and of bare batches;
+    else None.
     """
 
     embeddings: NDArray[np.float32]
@@ -39,7 +40,7 @@ class Join:
 
 def join(batch: Sequence[Rows], *, multi_position: bool, takes_tokens: bool = False) -> Join:
     """Lay ``batch`` end to end; raises ``ValueError`` for text without the tokens that the model takes."""
-    tokens = np.concatenate([_tokens(rows) for rows in batch]) if takes_tokens else None
+    tokens = np.concatenate([_tokens(rows) for rows in batch]) if takes_tokens or batch[0].bare else None
     if len(batch) == 1:
         (rows,) = batch
         positions = sections(rows) if multi_position else rows.positions
@@ -58,19 +59,30 @@ def join(batch: Sequence[Rows], *, multi_position: bool, takes_tokens: bool = Fa
 
 
 def check_rows(
-    batch: Sequence[Rows], stand: Callable[[int], Stand], *, width: int, multi_position: bool, architecture: str
+    batch: Sequence[Rows],
+    stand: Callable[[int], Stand],
+    *,
+    width: int,
+    multi_position: bool,
+    architecture: str,
+    takes_bare: bool,
 ) -> None:
     """Raise ``ValueError`` for rows of another width, values that are not finite, positions the model does not allow.
 
     ``stand``: where a sequence stands before the batch.
     """
     last = {rows.sequence: stand(rows.sequence) for rows in batch}
+    bare = batch[0].bare
     for rows in batch:
         if not len(rows):
             raise ValueError(f"a batch for sequence {rows.sequence} has no rows")
-        if rows.embeddings.shape[1] != width:
+        if rows.bare and not takes_bare:
+            raise ValueError(f"rows of sequence {rows.sequence} are tokens alone, which this decoder does not look up")
+        if rows.bare != bare:
+            raise ValueError("a batch is of rows with embeddings or of tokens alone, not of both")
+        if not bare and rows.embeddings.shape[1] != width:
             raise ValueError(f"rows are {rows.embeddings.shape[1]} wide, {architecture} takes {width}")
-        if not np.isfinite(rows.embeddings).all():
+        if not (bare or np.isfinite(rows.embeddings).all()):
             bad = int(np.flatnonzero(~np.isfinite(rows.embeddings).all(axis=1))[0])
             raise ValueError(f"row {bad} of sequence {rows.sequence} holds values that are not finite")
         check = _check_many if multi_position else _check_contiguous
@@ -123,6 +135,8 @@ def _check_contiguous(rows: Rows, last: int, _reach: int) -> Stand:
     """Ordinary rotary models: no gap, no step back; returns the new last position, twice."""
     if rows.positions.ndim != 1:
         raise ValueError(f"this model takes one position a row, got {rows.positions.shape}")
+    if len(rows) == 1 and rows.positions[0] == last + 1:
+        return last + 1, last + 1
     expected = np.arange(last + 1, last + 1 + len(rows))
     wrong = np.flatnonzero(rows.positions != expected)
     if len(wrong):

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TokcompError
+from .input_batch import InputBatch, address
 from .readout import Readout
 
 Floats = NDArray[np.float32]
@@ -233,15 +234,6 @@ class ContextOptions:
     kv_type: Literal["f16", "f32"]
 
 
-class _BatchFields(ctypes.Structure):
-    """``llama_batch`` with plain addresses: typed pointers take microseconds to make, for every generated token."""
-
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
-    )
-
-
 class Context(Handle):
     """One llama_context: a key-value cache shared by all sequences, and the compute buffers to fill it."""
 
@@ -270,41 +262,29 @@ class Context(Handle):
         super().__init__(pointer, llama.llama_free, keep=(model, readout))
         model._contexts.add(self)
         self._n_vocab = model.n_vocab
-        self._fields = _BatchFields()
-        self._batch = llama.llama_batch.from_buffer(self._fields)
         self._memory = llama.llama_get_memory(pointer)
         self.n_ctx = int(llama.llama_n_ctx(pointer))
         self.n_batch = int(llama.llama_n_batch(pointer))
         self.n_ubatch = int(llama.llama_n_ubatch(pointer))
         self.has_memory = bool(self._memory)
+        self._batch = InputBatch(self.n_batch)
 
     @property
     def memory(self) -> Any:
         _ = self.pointer  # the memory dies with the context
         return self._memory
 
-    def decode(self, inputs: Floats | Int32s, positions: Int32s, sequences: Int32s, outputs: NDArray[np.int8]) -> None:
+    def decode(self, inputs: Floats | Int32s, positions: Int32s, sequences: Int32s, outputs: NDArray[np.bool_]) -> None:
         """Run rows ``(n, n_embd_inp)`` or tokens ``(n,)`` at ``positions`` ``(n,)`` or ``(4, n)``, of which only the
         first line counts for tokens; the other arrays are ``(n,)``.
 
         Raises ``TokcompError`` with llama.cpp's reason when it returns anything but success.
         """
-        count, tokens = len(inputs), inputs.ndim == 1
-        fed: NDArray[Any] = np.ascontiguousarray(inputs, np.int32 if tokens else np.float32)
-        positions = np.ascontiguousarray(positions, np.int32)
-        sequences = np.ascontiguousarray(sequences, np.int32)
-        outputs = np.ascontiguousarray(outputs, np.int8)
-        # seq_id is an array of pointers, one a row, each to that row's single sequence id.
-        owners = _address(sequences) + sequences.itemsize * np.arange(count, dtype=np.uintp)
-        lengths = np.ones(count, np.int32)
-        fields = self._fields
-        fields.n_tokens, fields.pos = count, _address(positions)
-        fields.token, fields.embd = (_address(fed), None) if tokens else (None, _address(fed))
-        fields.n_seq_id, fields.seq_id, fields.logits = _address(lengths), _address(owners), _address(outputs)
-        pointer = self.pointer
-        code = int(_backend.attempt(lambda: llama.llama_decode(pointer, self._batch)))
+        batch, pointer = self._batch, self.pointer
+        _held = batch.fill(inputs, positions, sequences, outputs)
+        code = int(_backend.attempt(lambda: llama.llama_decode(pointer, batch.value)))
         if code:
-            raise TokcompError(f"llama.cpp cannot decode {count} rows (code {code}: {_backend.reason})")
+            raise TokcompError(f"llama.cpp cannot decode {len(inputs)} rows (code {code}: {_backend.reason})")
 
     def copy_logits(self, row: int, into: Floats) -> None:
         """Write the logits of a row of the last batch, flagged as output, into ``(n_vocab,) float32``."""
@@ -313,7 +293,7 @@ class Context(Handle):
             raise ValueError(f"row {row} of the last batch has no logits")
         if into.shape != (self._n_vocab,) or into.dtype != np.float32 or not into.flags.c_contiguous:
             raise ValueError(f"logits go into ({self._n_vocab},) float32, not {into.shape} {into.dtype}")
-        ctypes.memmove(_address(into), pointer, into.nbytes)
+        ctypes.memmove(address(into), pointer, into.nbytes)
 
     def set_threads(self, threads: int) -> None:
         llama.llama_set_n_threads(self.pointer, threads, threads)
@@ -370,10 +350,6 @@ class SamplerChain(Handle):
         token = int(array.data[array.selected].id)
         llama.llama_sampler_accept(self.pointer, token)
         return token
-
-
-def _address(array: NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _pointer(array: NDArray[Any], item: Any) -> Any:

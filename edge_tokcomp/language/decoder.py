@@ -47,6 +47,10 @@ class Decoder(Protocol):
         """Rows that still fit."""
 
     @property
+    def takes_bare(self) -> bool:
+        """Whether it looks tokens up itself, in batches of nothing but text."""
+
+    @property
     def looks_at_text(self) -> bool:
         """Whether image rows have to come in one batch with the text that follows them."""
 
@@ -84,6 +88,7 @@ class PlainDecoder(Segment):
     """The whole model in one llama.cpp context, whose key-value cache is shared by all sequences."""
 
     looks_at_text = prunes = False
+    takes_bare = True
     positions: Positions = "original"
 
     @property

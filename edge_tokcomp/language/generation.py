@@ -13,7 +13,7 @@ from .continuation import Continuation, FinishReason
 from .decoder import Decoder
 from .model import LanguageModel
 from .sampling import Sampling
-from .token_embedding import TokenEmbedding
+from .token_embedding import TokenEmbedding, bare_rows
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def generate(
 
 def _run(growth: Continuation, decoder: Decoder, embedding: TokenEmbedding, prompt: Sequence[Rows]) -> Iterator[str]:
     sequence = prompt[-1].sequence
+    text = bare_rows if decoder.takes_bare else embedding.rows
     growth.start()
     # Only the last row's logits are needed; asking for less saves the output layer.
     silent = [replace(rows, want_logits=np.zeros(len(rows), np.bool_)) for rows in prompt[:-1]]
@@ -96,6 +97,7 @@ def _run(growth: Continuation, decoder: Decoder, embedding: TokenEmbedding, prom
                 yield shown
             if growth.finish_reason:
                 return
-            logits = decoder.decode([embedding.rows([growth.tokens[-1]], decoder.length(sequence), sequence)])[0][-1]
+            row = text([growth.tokens[-1]], decoder.length(sequence), sequence)
+            logits = decoder.decode([row])[0][-1]
     finally:
         growth.close()

@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .model import LanguageModel
 from .requests import Completion, Request, Run, feed, marked, of_image
 from .segment import Logits
-from .token_embedding import TokenEmbedding
+from .token_embedding import TokenEmbedding, bare_rows
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,12 @@ class Scheduler:
 
     def _batch(self) -> list[tuple[Run, Rows]]:
         """The rows of one call: one of each sequence that generates, then prompts in the order of their admission."""
-        batch = [(run, self._next(run)) for run in self._running if run.generates]
+        bare = self._decoder.takes_bare and all(run.generates for run in self._running)
+        text = bare_rows if bare else self._embedding.rows
+        batch = [
+            (run, text(run.growth.tokens[-1:], self._decoder.length(run.sequence), run.sequence))
+            for run in self._running if run.generates
+        ]  # fmt: skip
         left = max(self._chunk - len(batch), 1)
         for run in [run for run in self._running if run.waiting]:
             if self._decoder.prunes:
@@ -195,10 +200,6 @@ class Scheduler:
                 batch.append((run, run.some(left)))
                 left -= len(batch[-1][1])
         return batch
-
-    def _next(self, run: Run) -> Rows:
-        """The row of the token chosen last."""
-        return self._embedding.rows(run.growth.tokens[-1:], self._decoder.length(run.sequence), run.sequence)
 
     def _take(self, batch: Sequence[tuple[Run, Rows]], answers: Sequence[Logits]) -> list[Completion]:
         """Choose a token wherever logits came, and give what ended."""

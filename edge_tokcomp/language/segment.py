@@ -282,7 +282,7 @@ class Segment:
         if not checked:
             check_rows(
                 batch, self._stand, width=self.row_width, multi_position=model.multi_position,
-                architecture=model.architecture,
+                architecture=model.architecture, takes_bare=True,
             )  # fmt: skip
         whole = join(batch, multi_position=model.multi_position, takes_tokens=model.takes_tokens)
         self.check_room(len(whole.wanted), causal)
@@ -293,7 +293,7 @@ class Segment:
 
     def _kinds(self, whole: Join) -> NDArray[np.int8] | None:
         """What must not share a call, told by different numbers; None where everything may."""
-        if whole.tokens is None:
+        if whole.tokens is None or not self._model.takes_tokens:
             return None
         text = (whole.tokens >= 0).astype(np.int8)
         return text + 2 * whole.wanted if self._model.logits_of_all_or_none else text
@@ -305,9 +305,8 @@ class Segment:
             with self._attention(causal):
                 for part in calls:
                     self._context.decode(
-                        whole.inputs(part), whole.positions[..., part], whole.sequences[part],
-                        whole.wanted[part].astype(np.int8),
-                    )  # fmt: skip
+                        whole.inputs(part), whole.positions[..., part], whole.sequences[part], whole.wanted[part]
+                    )
                     take(part)
             for rows in batch:
                 self._cells.add(rows.sequence, rows.positions)

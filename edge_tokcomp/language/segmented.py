@@ -101,6 +101,8 @@ class SegmentedDecoder:
             stack.pop_all()
         return decoder
 
+    takes_bare = False
+
     @property
     def n_ctx(self) -> int:
         return self._segments[0].n_ctx
@@ -180,7 +182,7 @@ class SegmentedDecoder:
             return []
         check_rows(
             batch, self._stand, width=self.row_width, multi_position=self.model.multi_position,
-            architecture=self.model.architecture,
+            architecture=self.model.architecture, takes_bare=self.takes_bare,
         )  # fmt: skip
         flows = flows_of(batch, multi_position=self.model.multi_position)
         self._check_flows(flows, causal)

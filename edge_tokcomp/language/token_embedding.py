@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from gguf import quants
@@ -85,6 +86,15 @@ class TokenEmbedding:
             embeddings, np.arange(start, start + len(embeddings), dtype=np.int32), sequence,
             tokens=np.atleast_1d(np.asarray(tokens)).astype(np.int32),
         )  # fmt: skip
+
+
+def bare_rows(tokens: Sequence[int], start: int, sequence: int = 0) -> Rows:
+    """Text at positions ``start, start + 1, ...`` of ``sequence`` for decoders that look tokens up themselves."""
+    count = len(tokens)
+    return Rows(
+        np.empty((count, 0), np.float32), np.arange(start, start + count, dtype=np.int32), sequence,
+        tokens=np.array(tokens, np.int32),
+    )  # fmt: skip
 
 
 def _find_table(header: GgufHeader) -> tuple[GgufHeader, TensorInfo]:
