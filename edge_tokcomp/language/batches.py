@@ -40,14 +40,15 @@ class Join:
 
 def join(batch: Sequence[Rows], *, multi_position: bool, takes_tokens: bool = False) -> Join:
     """Lay ``batch`` end to end; raises ``ValueError`` for text without the tokens that the model takes."""
-    tokens = np.concatenate([_tokens(rows) for rows in batch]) if takes_tokens or batch[0].bare else None
     if len(batch) == 1:
         (rows,) = batch
+        tokens = _tokens(rows) if takes_tokens or rows.bare else None
         positions = sections(rows) if multi_position else rows.positions
         return Join(
-            rows.embeddings, positions.astype(np.int32, copy=False), np.full(len(rows), rows.sequence, np.int32),
+            rows.embeddings, np.asarray(positions, np.int32), np.array([rows.sequence] * len(rows), np.int32),
             wanted(rows), tokens,
         )  # fmt: skip
+    tokens = np.concatenate([_tokens(rows) for rows in batch]) if takes_tokens or batch[0].bare else None
     places = [sections(rows) if multi_position else rows.positions for rows in batch]
     return Join(
         np.concatenate([rows.embeddings for rows in batch]),
@@ -111,6 +112,9 @@ def parts(
     """Slices of at most ``most_rows`` rows with at most ``most_outputs`` of the ``outputs (n,)``, each of rows of one
     of the ``kinds (n,)``."""
     start = 0
+    if kinds is None and len(outputs) <= min(most_rows, most_outputs):
+        yield slice(start, len(outputs))
+        return
     while start < len(outputs):
         stop = min(start + most_rows, len(outputs))
         if kinds is not None and len(others := np.flatnonzero(kinds[start:stop] != kinds[start])):
@@ -123,6 +127,8 @@ def parts(
 
 def _tokens(rows: Rows) -> NDArray[np.int32]:
     """``(n,)``: the tokens of text rows, -1 for image rows."""
+    if rows.bare and rows.tokens is not None:
+        return rows.tokens
     text = np.ones(len(rows), np.bool_) if rows.crop is None else rows.crop < 0
     if not text.any():
         return np.full(len(rows), -1, np.int32)

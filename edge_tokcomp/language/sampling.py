@@ -62,7 +62,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, model: LanguageModel) -> None:
         """Raises ``UsageError`` for a grammar that cannot be read."""
         n_vocab = self._n_vocab = model.n_vocab
-        self._ends = model.end_tokens if sampling.ignore_end else None
+        self._ends = model.end_tokens.tolist() if sampling.ignore_end else None
         chain = self._chain = SamplerChain(n_vocab)
         # llama.cpp's greedy sampler takes the first of the highest logits, as argmax does; the candidates that a chain
         # works on take ten times as long to lay out.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -154,7 +154,7 @@ class Segment:
         if not batch:
             return []
         whole = self._joined(batch, causal, checked)
-        answers = np.empty((int(whole.wanted.sum()), self._model.n_vocab), np.float32)
+        answers = np.empty((np.count_nonzero(whole.wanted), self._model.n_vocab), np.float32)
         if self._readout:
             self._readout.expect(())
         done = 0
@@ -163,8 +163,8 @@ class Segment:
             nonlocal done
             if self._readout:
                 self._readout.take()  # nothing, or what was raised in its callback
-            for row in np.flatnonzero(whole.wanted[part]):
-                self._context.copy_logits(int(row), answers[done])
+            for row in whole.wanted[part].nonzero()[0].tolist():
+                self._context.copy_logits(row, answers[done])
                 done += 1
 
         calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, self._kinds(whole)))
@@ -286,8 +286,7 @@ class Segment:
             )  # fmt: skip
         whole = join(batch, multi_position=model.multi_position, takes_tokens=model.takes_tokens)
         self.check_room(len(whole.wanted), causal)
-        asked = int(whole.wanted.sum())
-        if not causal and asked > self._n_outputs:
+        if not causal and (asked := np.count_nonzero(whole.wanted)) > self._n_outputs:
             raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
         return whole
 
@@ -302,7 +301,7 @@ class Segment:
         self, batch: Sequence[Rows], whole: Join, causal: bool, calls: Sequence[slice], take: Callable[[slice], None]
     ) -> None:
         try:
-            with self._attention(causal):
+            with nullcontext() if causal else self._both_ways():
                 for part in calls:
                     self._context.decode(
                         whole.inputs(part), whole.positions[..., part], whole.sequences[part], whole.wanted[part]
@@ -317,10 +316,8 @@ class Segment:
             raise
 
     @contextmanager
-    def _attention(self, causal: bool) -> Iterator[None]:
-        if causal:
-            yield
-            return
+    def _both_ways(self) -> Iterator[None]:
+        """Rows see those after them too."""
         self._context.set_causal(False)
         try:
             yield
