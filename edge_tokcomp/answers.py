@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+from PIL import Image as Pil
 
 from .dynamic import Share
 from .errors import UsageError
-from .families.base import Part
+from .families.base import Part, Pixels
 from .image_rows import ImageRows
 from .images import Image
 from .methods import Method
 from .tokens import Ints, Plan, VisionTokens
 from .variant import TowerVariant
+
+
+class Shown:
+    """A picture as an engine is shown it; ``prepare`` makes its crops, where the engine leaves that to us."""
+
+    def __init__(self, picture: Pil.Image, prepare: Callable[[Pil.Image], Pixels] | None = None) -> None:
+        self.picture, self._prepare = picture, prepare
+
+    @cached_property
+    def crops(self) -> Pixels:
+        """As the tower usually takes them, made when first asked for."""
+        if self._prepare is None:
+            raise ValueError("this engine makes the crops itself")
+        return self._prepare(self.picture)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +49,8 @@ class Look:
 class SeenImage:
     """A picture that was looked at.
 
-    ``tokens``, ``parts``, ``owner``: see ``Look``. ``variant``: how the tower was run.
+    ``tokens``, ``parts``, ``owner``: see ``Look``. ``variant``: how the tower was run, which is as a method wants it
+    under a budget: ``asked`` for them.
     ``timings_ms``: ``decode`` (file to pixels), ``preprocess``, ``encode`` (tower).
     """
 
@@ -42,6 +60,7 @@ class SeenImage:
     timings_ms: dict[str, float]
     variant: TowerVariant
     owner: tuple[Ints, ...] | None
+    asked: tuple[Method, int | float]
 
     @property
     def around(self) -> tuple[str, str]:

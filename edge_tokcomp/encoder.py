@@ -49,14 +49,22 @@ class ImageEncoder:
         Raises ``ImageError`` for one that cannot be read.
         """
         seen = picture if isinstance(picture, SeenImage) else None
+        asked = (method, keep)
+        if seen and seen.asked == asked:
+            return seen
         started = time.perf_counter()
         image = seen.image if seen else self._open(picture)
-        variant = self.engine.variant(method, keep, image.picture)
+        opened = time.perf_counter()
+        shown = self.engine.show(image.picture)
+        variant = self.engine.variant(method, keep, shown)
         if seen and seen.variant.serves(variant):
             return seen
-        decode = seen.timings_ms["decode"] if seen else (time.perf_counter() - started) * 1e3
-        look = self.engine.look(image.picture, variant, image.sha256)
-        return SeenImage(image, look.tokens, look.parts, {"decode": decode, **look.timings_ms}, variant, look.owner)
+        decode = seen.timings_ms["decode"] if seen else (opened - started) * 1e3
+        settled = (time.perf_counter() - opened) * 1e3  # the picture's crops may say how the tower is run
+        look = self.engine.look(shown, variant, image.sha256)
+        timings = {"decode": decode, **look.timings_ms}
+        timings["preprocess"] += settled
+        return SeenImage(image, look.tokens, look.parts, timings, variant, look.owner, asked)
 
     def compress(
         self, seen: SeenImage, method: Method, keep: int | float, question: str, share: Share | None = None
@@ -77,8 +85,8 @@ class ImageEncoder:
         rows = image_rows(seen.inner, kept, plan, tokens.layout, self._text, on_grid=self.engine.positions == "grid")
         compress = (time.perf_counter() - started) * 1e3
         return EncodedImage(
-            seen.image, tokens, seen.parts, {**seen.timings_ms, "compress": compress}, seen.variant, seen.owner, plan,
-            rows, method, keep, question if asked else None, share,
+            seen.image, tokens, seen.parts, {**seen.timings_ms, "compress": compress}, seen.variant, seen.owner,
+            (method, keep), plan, rows, method, keep, question if asked else None, share,
         )  # fmt: skip
 
     def _text(self, text: str | Tokens) -> Rows:

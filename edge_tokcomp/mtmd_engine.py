@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image as Pil
 
 from . import __version__
-from .answers import Look
+from .answers import Look, Shown
 from .budget import tokens_to_keep
 from .encoded_cache import EncodedCache
 from .errors import TokcompError, UsageError
@@ -73,7 +73,11 @@ class MtmdEngine:
         """Tells vocabularies apart, in which markers have their tokens."""
         return fingerprint(self._model.path)
 
-    def variant(self, method: Method, keep: int | float, picture: Pil.Image | None = None) -> TowerVariant:
+    def show(self, picture: Pil.Image) -> Shown:
+        """``picture``, to be looked at; libmtmd cuts its crops and does not give them."""
+        return Shown(picture)
+
+    def variant(self, method: Method, keep: int | float, shown: Shown | None = None) -> TowerVariant:
         """Plain; raises ``UsageError`` for methods that have the tower run otherwise."""
         if isinstance(method, TowerMethod):
             raise UsageError(
@@ -93,14 +97,14 @@ class MtmdEngine:
             return self.crop_tokens
         return keep if isinstance(keep, int) else tokens_to_keep(keep, self.crop_tokens)
 
-    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN, content: str = "") -> Look:
-        """Have libmtmd prepare ``picture`` and encode its crops, unless ``cache`` holds what it says of this
+    def look(self, shown: Shown, variant: TowerVariant = PLAIN, content: str = "") -> Look:
+        """Have libmtmd prepare a picture and encode its crops, unless ``cache`` holds what it says of this
         ``content``, a digest."""
         started, preprocess = time.perf_counter(), 0.0
         key = f"{content} {self.directory.name} {self._words} {__version__}"
         pieces = self.cache.get(key, (ImagePiece, TextPiece)) if content else None
         if pieces is None:
-            pieces = self._encoder.encode(np.asarray(picture))
+            pieces = self._encoder.encode(np.asarray(shown.picture))
             preprocess = self._encoder.preparing_s * 1e3
             if content:
                 self.cache.put(key, pieces)

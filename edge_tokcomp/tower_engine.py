@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pil
 
 from . import __version__
-from .answers import Look
+from .answers import Look, Shown
 from .budget import tokens_to_keep
 from .encoded_cache import EncodedCache
 from .errors import TokcompError, UsageError
@@ -84,14 +84,18 @@ class TowerEngine:
         """Whether pictures differ in how many tokens they have."""
         return bool(self.spec.limits != Limits())
 
-    def variant(self, method: Method, keep: int | float, picture: Pil.Image | None = None) -> TowerVariant:
-        """How the tower is to be run for ``method`` on the crops of ``picture``, of one crop if none is given.
+    def show(self, picture: Pil.Image) -> Shown:
+        """``picture``, to be looked at."""
+        return Shown(picture, self.pixels)
+
+    def variant(self, method: Method, keep: int | float, shown: Shown | None = None) -> TowerVariant:
+        """How the tower is to be run for ``method`` on the crops of a picture, of one crop if none is ``shown``.
 
         Raises ``UsageError`` where it cannot be run so.
         """
         if not isinstance(method, TowerMethod):
             return TowerVariant(block=self._looked_at(method))
-        pixels = None if picture is None else self.pixels(picture)
+        pixels = shown.crops if shown else None
         grids = (self.spec.grid,) if pixels is None else pixels.grids
         counts = [math.prod(grid) for grid in grids]
         before = sum(counts) if pixels is None else self._layout(pixels, grids).before
@@ -177,12 +181,12 @@ class TowerEngine:
         """``picture`` as the tower wants it."""
         return self.family.preprocess(picture, self.spec, variant.grid)
 
-    def look(self, picture: Pil.Image, variant: TowerVariant = PLAIN, content: str = "") -> Look:
-        """Preprocess ``picture`` and run the tower on its crops, unless ``cache`` holds what it says of this
+    def look(self, shown: Shown, variant: TowerVariant = PLAIN, content: str = "") -> Look:
+        """Preprocess a picture and run the tower on its crops, unless ``cache`` holds what it says of this
         ``content``, a digest."""
         tower = self._tower(variant.kind)
         started = time.perf_counter()
-        pixels = self.pixels(picture, variant)
+        pixels = self.pixels(shown.picture, variant) if variant.grid else shown.crops
         ready = time.perf_counter()
         outputs = self._recalled(content, variant)
         if outputs is None:
@@ -196,7 +200,7 @@ class TowerEngine:
             owner = tuple(_owner(output, grid, self.spec) for output, grid in zip(outputs, pixels.grids, strict=True))
         own = (self.spec.grid,) * len(pixels.crops)
         if not variant.usual and self.spec.dynamic:
-            own = self.pixels(picture).grids
+            own = shown.crops.grids
         return Look(self._tokens(tower, pixels, outputs, variant, own), self.family.prompt(pixels), owner, timings)
 
     def _recalled(self, content: str, variant: TowerVariant) -> list[TowerOutput] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,20 @@ def test_the_overlay_dims_merged_cells_that_are_dropped(tmp_path):
     whole, few = seen.values()
     assert few.shape == whole.shape
     assert few[:600].mean() < 0.6 * whole[:600].mean()
+
+
+def test_a_picture_is_made_ready_once_and_that_is_no_part_of_decoding_it(vlm, monkeypatch):
+    pixels, calls = vlm.engine.pixels, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.1)
+        return pixels(*arguments)
+
+    monkeypatch.setattr(vlm.engine, "pixels", slow)
+    timings = vlm.encode(SAMPLE).timings_ms
+    assert len(calls) == 1
+    assert timings["preprocess"] >= 100 > timings["decode"]
 
 
 @pytest.mark.parametrize("name", ["llava_next", "smolvlm", "qwen25vl", "qwen3vl", "pixtral", "lfm2vl"])

@@ -159,7 +159,7 @@ def test_the_rows_of_each_crop_go_where_its_number_stands(vlm: VLM, order):
     picture = wrap_image(Pil.new("RGB", (4, 4)), max_pixels=99)
     method = get_method(f"prunesid:order={order}")
     variant = vlm.engine.variant(method, 30)
-    seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, variant, None)
+    seen = SeenImage(picture, tokens, ("left", (2,), (0,), " mid", (1,), "right"), {}, variant, None, (method, 30))
     encoded = vlm.compress(seen, method, 30)
     fed, place = tokens.rows(encoded.plan), layout.crop[encoded.plan.keep]
     words = vlm.embedding.lookup(vlm.model.tokenize(" mid", add_special=False, parse_special=True))
