@@ -38,7 +38,7 @@ def vlm():
         ("luvc+mosaic", Joined(LUVC(), Mosaic())),
         ("luvc:leave=0.4+mosaic", Joined(LUVC(), Mosaic(), 0.4)),
         ("luvc:first=0.25,leave=0.4+mosaic:reach=2.0", Joined(LUVC(first=0.25), Mosaic(reach=2.0), 0.4)),
-        ("resolution:leave=0.75+visionzip:block=-2", Joined(Resolution(), VisionZip(block=-2), 0.75)),
+        ("resolution:leave=0.8+visionzip:block=-2", Joined(Resolution(), VisionZip(block=-2), 0.8)),
     ],
 )  # fmt: skip
 def test_two_methods_are_written_with_a_plus_and_read_back(text, method):
@@ -73,8 +73,8 @@ def test_what_cannot_be_joined_is_refused(text, message):
 
 
 def test_the_second_chooses_among_what_the_first_leaves(vlm):
-    encoded, merged = vlm.encode(SAMPLE), vlm.compress(vlm.see(SAMPLE), get_method("luvc"), 0.5)
-    assert encoded.tokens.layout.grids == merged.tokens.layout.grids == ((16, 17),)
+    encoded, merged = vlm.encode(SAMPLE), vlm.compress(vlm.see(SAMPLE), get_method("luvc"), 0.75)
+    assert encoded.tokens.layout.grids == merged.tokens.layout.grids == ((20, 21),)
     np.testing.assert_allclose(encoded.tokens.features, merged.tokens.features, atol=1e-5)
     plan = get_method("mosaic").compress(encoded.tokens, 64)
     np.testing.assert_array_equal(encoded.plan.keep, plan.keep)
@@ -93,7 +93,7 @@ def test_where_more_is_kept_than_the_tower_would_leave_it_leaves_that(vlm):
 def test_the_second_sees_the_attention_of_the_merged_patches(vlm):
     attending = vlm.compress(vlm.see(SAMPLE), get_method("luvc+visionzip"), 64)
     attention = attending.tokens.cls_attention
-    assert attention.shape[1] == 16 * 17 + 1
+    assert attention.shape[1] == 20 * 21 + 1
     assert len(attending.plan) == 64
     with pytest.raises(UsageError, match="attention is looked at in block 1, which has more patches then"):
         vlm.compress(vlm.see(SAMPLE), get_method("luvc+visionzip:block=1"), 64)

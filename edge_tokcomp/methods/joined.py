@@ -23,7 +23,7 @@ class Joined(TowerMethod):
 
     tower: TowerMethod
     then: Method
-    leave: float = 0.5
+    leave: float = 0.75
 
     source: ClassVar[str] = "ours"
 
