@@ -283,7 +283,3 @@ def _model_options(parser: argparse.ArgumentParser, *, compression: bool = True,
                        "(batch: each is scored first, so the tower runs twice); over those so far (running); over "
                        "those of `calibrate` (calibrated)")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="S")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -32,6 +32,9 @@ def methods(options: argparse.Namespace) -> int:
         if row["options"]:
             settings = ", ".join(f"{name}={spell(value['default'])}" for name, value in row["options"].items())
             print(f"{'':15} {settings}")  # noqa: T201
+    joined = get_method("luvc:first=0.0+mosaic")
+    print(f"{'TOWER+METHOD':15} one in the tower and one that chooses among what it leaves, as in {joined}")  # noqa: T201
+    print(f"{'':15} leave=0.75, written with the first: how much of the picture the tower leaves")  # noqa: T201
     print("\nlayer steps (--layer-steps NAME@LAYER:AMOUNT,...), inside it:")  # noqa: T201
     for name, step in LAYER_STEPS.items():
         print(f"{name:15} {step.title}; amount: {step.amount}")  # noqa: T201

@@ -28,7 +28,7 @@ def world_of(hub: Hub, folder: Path) -> dict[str, str]:
 
 
 def start(world: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "edge_tokcomp.cli", "pull", *arguments]
+    command = [sys.executable, "-m", "edge_tokcomp", "pull", *arguments]
     return subprocess.Popen(command, env=world, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -125,7 +125,7 @@ def test_values_beyond_float32_are_refused_without_a_warning(tmp_path: Path, nam
     if name == "embeddings":
         np.savez(tmp_path / "f.npz", **arrays, query=np.ones((2, 8)))
         command[5] = "cdpruner"
-    done = subprocess.run([sys.executable, "-m", "edge_tokcomp.cli", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "edge_tokcomp", *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"edge-tokcomp: {name}, row 3: not finite")
     assert done.stderr.count("\n") == 1

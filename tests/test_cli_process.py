@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command as a process of its own."""
     defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "edge_tokcomp.cli", *arguments], **{**defaults, **options})
+    return subprocess.Popen([sys.executable, "-m", "edge_tokcomp", *arguments], **{**defaults, **options})
 
 
 def wait_for_lines(out: Path, count: int) -> None:
@@ -154,7 +154,7 @@ def test_a_list_on_standard_input_of_a_process_and_closed_streams(pair: Pair, tm
     assert (first["status"], second["status"]) == ("ok", "error")
     assert second["id"] == "caf\\xe9.png"
     closed = subprocess.run(
-        f"{shlex.quote(sys.executable)} -m edge_tokcomp.cli methods >&- 2>&-", shell=True, check=False, timeout=120
+        f"{shlex.quote(sys.executable)} -m edge_tokcomp methods >&- 2>&-", shell=True, check=False, timeout=120
     )
     assert closed.returncode == 0
 

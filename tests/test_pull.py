@@ -314,7 +314,7 @@ def test_the_command_that_is_printed_captions(hub: Hub, world: dict[str, str]) -
     (command,) = (line for line in err if line.startswith("edge-tokcomp caption photos/"))
     words = [*shlex.split(command)[3:], "--threads", "1", "--keep", "64", "--max-tokens", "4"]
     done = subprocess.run(
-        [sys.executable, "-m", "edge_tokcomp.cli", "caption", str(DEMO / "samples" / "scene-1.jpg"), *words],
+        [sys.executable, "-m", "edge_tokcomp", "caption", str(DEMO / "samples" / "scene-1.jpg"), *words],
         env=world, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
