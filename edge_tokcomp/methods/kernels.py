@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ..tokens import Array, Ints
 
 _GRID = float(2**36)
-_BLOCK_VALUES = 2**17
-"""Values that are worked on at a time, so that they stay in the processor's cache (1 MiB)."""
+_BLOCK_VALUES = 2**16
+"""Values that are worked on at a time, so that they stay in the processor's cache (512 KiB)."""
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
@@ -51,21 +51,25 @@ def unit_rows(rows: Array, *, centred: bool = False) -> Array:
 def directions(rows: Array, *, centred: bool = True) -> tuple[Array, Array]:
     """``unit_rows``, and the lengths ``(N,)`` they had before."""
     xp = array_namespace(rows)
-    rows = xp.astype(rows, xp.float64)  # a copy, so that what follows may work in place
+    least = 0.0
     if centred:
-        most = _largest(rows, None)
-        rows -= xp.mean(rows, axis=0, keepdims=True)
-        rows *= xp.astype(_largest(rows, 1) > 1e-12 * most, xp.float64)  # rows of rounding errors become zero
-    length = xp.sqrt(xp.linalg.vecdot(rows, rows))
-    rows /= xp.where(length > 0, length, xp.ones_like(length))[:, None]
-    return rows, length
+        least = 1e-12 * xp.astype(_largest(rows), xp.float64)  # what is shorter is made of rounding errors
+    rows = xp.astype(rows, xp.float64)  # a copy, so that what follows may work in place
+    mean = xp.mean(rows, axis=0, keepdims=True)
+    lengths = []
+    for block in blocks(rows.shape[0], rows.shape[1], rows):
+        part = rows[block, :] - mean if centred else rows[block, :]
+        length = xp.sqrt(xp.linalg.vecdot(part, part))
+        length = xp.where(length > least, length, xp.zeros_like(length))
+        rows[block, :] = part / xp.where(length > 0, length, xp.full_like(length, xp.inf))[:, None]
+        lengths.append(length)
+    return rows, xp.concat(lengths)
 
 
-def _largest(values: Array, axis: int | None) -> Array:
-    """The largest magnitude in ``values``, or along an axis, which stays."""
+def _largest(values: Array) -> Array:
+    """The largest magnitude in ``values``."""
     xp = array_namespace(values)
-    keep = axis is not None
-    return xp.maximum(xp.max(values, axis=axis, keepdims=keep), -xp.min(values, axis=axis, keepdims=keep))
+    return xp.maximum(xp.max(values), -xp.min(values))
 
 
 def stretched(values: Array) -> Array:
@@ -82,8 +86,11 @@ def gram(rows: Array) -> Array:
     return rows @ array_namespace(rows).matrix_transpose(rows)
 
 
-def blocks(count: int, width: int) -> list[slice]:
-    """``count`` rows of ``width`` values, cut into pieces that fit the cache."""
+def blocks(count: int, width: int, array: Array) -> list[slice]:
+    """``count`` rows of ``width`` values, cut into pieces that fit the cache; in one piece where ``array`` is on a
+    GPU."""
+    if not str(array_api_compat.device(array)).lower().startswith("cpu"):
+        return [slice(0, count)]
     step = max(1, _BLOCK_VALUES // width)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

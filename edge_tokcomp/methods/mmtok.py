@@ -59,7 +59,7 @@ class MMTok(Method):
             table[:asked, :] = softmax_rows(likeness / self.text_temperature) / asked
         if weight:
             likeness = gram(unit)
-            for block in blocks(seen, seen):
+            for block in blocks(seen, seen, likeness):
                 into = slice(asked + block.start, asked + block.stop)
                 table[into, :] = softmax_rows(likeness[block, :] / self.image_temperature) * (weight / seen)
         return Picks(coverage(table, k))

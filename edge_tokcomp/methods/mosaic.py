@@ -84,11 +84,15 @@ class Mosaic(AttentionMethod):
         xp = rows.xp
         height, width = rows.grids[0]
         cells = like(np.stack(np.divmod(rows.cell, width), axis=1) / (self.reach * math.sqrt(height * width / k)), unit)
-        apart = xp.sum(cells * cells, axis=1) / 2
+        ones = xp.ones_like(cells[:, :1])
+        apart = xp.sum(cells * cells, axis=1, keepdims=True) / 2
+        # Products of these are what is added to the cosines over the temperature: minus half the squared distances,
+        # minus what makes likeness to oneself 1.
+        left = xp.concat([cells, -apart - 1 / self.temperature, ones], axis=1)
+        right = xp.matrix_transpose(xp.concat([cells, ones, -apart], axis=1))
         alike = gram(unit)
-        for block in blocks(len(rows), len(rows)):
-            near = cells[block, :] @ xp.matrix_transpose(cells) - apart[block, None] - apart[None, :]
-            alike[block, :] = xp.exp((alike[block, :] - 1) / self.temperature + near)
+        for block in blocks(len(rows), len(rows), alike):
+            alike[block, :] = xp.exp(alike[block, :] / self.temperature + left[block, :] @ right)
         return alike
 
     def importance(self, rows: Candidates, lengths: Array, k: int) -> Array:

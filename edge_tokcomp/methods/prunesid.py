@@ -223,7 +223,7 @@ def projections(features: Array, groups: int, centre: str) -> Array:
     # sigmoid(x) = 1/2 + tanh(x/2) / 2: centring takes away the shift and eigenvectors do not see the scale.
     count, width = features.shape
     squashed = xp.empty((count, width), dtype=xp.float64, device=array_api_compat.device(features))
-    for block in blocks(count, width):
+    for block in blocks(count, width, features):
         rows = xp.tanh(xp.astype(features[block, :], xp.float64) / 2)
         squashed[block, :] = rows - xp.mean(rows, axis=1, keepdims=True) if centre == "feature" else rows
     if centre == "token":

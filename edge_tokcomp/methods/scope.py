@@ -43,7 +43,7 @@ class SCOPE(AttentionMethod):
         xp = rows.xp
         table = gram(unit_rows(rows.features, centred=self.centred))
         none = xp.zeros_like(table[:1, :1])
-        for block in blocks(len(rows), len(rows)):
+        for block in blocks(len(rows), len(rows), table):
             table[block, :] = xp.maximum(table[block, :], none)
         worth = None
         if rows.cls_attention is not None:

@@ -75,7 +75,7 @@ class Cosines:
         xp = array_namespace(self.unit)
         count, device = self.unit.shape[0], array_api_compat.device(self.unit)
         best = []
-        for block in blocks(count, count):
+        for block in blocks(count, count, self.unit):
             cosine = (
                 self.unit[block, :] @ xp.matrix_transpose(self.unit) if self.table is None else self.table[block, :]
             )
@@ -127,7 +127,7 @@ def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
         nonlocal gain, covered
         column = xp.take(table, chosen, axis=1)[:, 0]
         better = xp.nonzero(column > covered)[0]
-        for block in blocks(better.shape[0], table.shape[1]):
+        for block in blocks(better.shape[0], table.shape[1], table):
             before, after = xp.take(covered, better[block])[:, None], xp.take(column, better[block])[:, None]
             reach = xp.minimum(xp.maximum(xp.take(table, better[block], axis=0), before), after)
             gain = gain - (xp.sum(reach, axis=0) - xp.sum(before)) / scale
