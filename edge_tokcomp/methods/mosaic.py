@@ -71,7 +71,7 @@ class Mosaic(AttentionMethod):
         xp = rows.xp
         unit, lengths = directions(rows.features)
         alike = self.likeness(rows, unit, k)
-        picks = coverage(alike * self.importance(rows, lengths, k)[:, None], k)
+        picks = coverage(alike, k, weight=self.importance(rows, lengths, k))
         covers = xp.take(alike, like(picks, alike), axis=1)
         assign = to_numpy(xp.argmax(settle(covers), axis=1)).astype(np.int64)
         assign[picks] = np.arange(k)

@@ -108,16 +108,17 @@ def farthest(
     return greedy(-alike, update, k, first=first)
 
 
-def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
+def coverage(table: Array, k: int, worth: Array | None = None, weight: Array | None = None) -> Ints:
     """``k`` columns of ``table (R, N)``, 0 or more each, that together cover its rows best, a row as well as its
-    largest entry among them; a column's gain is multiplied by its ``worth (N,)``.
+    largest entry among them; a row counts by its ``weight (R,)``, a column's gain is multiplied by its ``worth (N,)``.
 
     Gains are kept up to date by what the chosen column takes from the others, on the rows it covers better than
     before: a row is improved O(log K) times, so all K steps cost about as much as R log K rows of the table.
     """
     xp = array_namespace(table)
     covered = xp.zeros_like(table[:, 0])
-    gain = xp.sum(table, axis=0)
+    weight = xp.ones_like(covered) if weight is None else weight
+    gain = weight @ table
     scale = xp.max(gain)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     gain = gain / scale
@@ -128,9 +129,10 @@ def coverage(table: Array, k: int, worth: Array | None = None) -> Ints:
         column = xp.take(table, chosen, axis=1)[:, 0]
         better = xp.nonzero(column > covered)[0]
         for block in blocks(better.shape[0], table.shape[1], table):
-            before, after = xp.take(covered, better[block])[:, None], xp.take(column, better[block])[:, None]
-            reach = xp.minimum(xp.maximum(xp.take(table, better[block], axis=0), before), after)
-            gain = gain - (xp.sum(reach, axis=0) - xp.sum(before)) / scale
+            rows = better[block]
+            before, after, share = xp.take(covered, rows), xp.take(column, rows), xp.take(weight, rows)
+            reach = xp.minimum(xp.maximum(xp.take(table, rows, axis=0), before[:, None]), after[:, None])
+            gain = gain - (share @ reach - share @ before) / scale
         covered = xp.maximum(covered, column)
         return gain * worth
 
