@@ -49,11 +49,12 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", options.size)
     if not size or not all(1 <= int(side) <= _LARGEST_SIDE for side in size.groups()):
         raise UsageError(f"--size {options.size}: write WIDTHxHEIGHT, as in 1024x768, up to {_LARGEST_SIDE} each")
-    if not get_method(options.method).compresses:
-        raise UsageError(f"--method {options.method} keeps every token; name one that compresses")
-    subject = f"{options.method} {options.keep}"
-    arms = [subject]
-    if "pool" not in options.without and options.method != "pool":
+    for name in options.method:
+        if not get_method(name).compresses:
+            raise UsageError(f"--method {name} keeps every token; name one that compresses")
+    arms = [f"{name} {options.keep}" for name in dict.fromkeys(options.method)]
+    subject = arms[0]
+    if "pool" not in options.without and "pool" not in options.method:
         arms.insert(0, f"pool {options.keep}")
     batch_arms = tuple(arms) if options.batches else ()
     if "none" not in options.without:

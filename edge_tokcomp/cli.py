@@ -211,7 +211,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
                        "(default), qwen2.5-vl-3b, internvl3-1b, gemma3-4b")  # fmt: skip
     bench.add_argument("--lm", metavar="LM.gguf", help="a real model instead, with --mmproj")
     bench.add_argument("--mmproj", metavar="MMPROJ.gguf")
-    bench.add_argument("--method", default="mosaic", metavar="M", help="what is compared (default mosaic)")
+    bench.add_argument("--method", nargs="+", default=["mosaic"], metavar="M",
+                       help="what is compared; the ratios are the first's (default mosaic)")  # fmt: skip
     bench.add_argument("--keep", type=int, default=64, metavar="K", help="image tokens kept (default 64)")
     bench.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="int8", help="of our tower (default "
                        "int8)")  # fmt: skip

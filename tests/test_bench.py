@@ -143,16 +143,17 @@ def test_the_command_prints_a_table_and_ends_with_the_document(
 ) -> None:
     out = tmp_path / "o.json"
     code = main([
-        "bench", "--lm", str(pair.lm), "--mmproj", str(pair.mmproj), "--method", "uniform", "--keep", "9", "--rounds",
-        "1", "--batches", "1", "--images", "2", "--parallel", "2", "--tokens", "3", "--size", "60x40", "--precision",
-        "fp32", "--threads", "1", "--without", "none", "--out", str(out),
+        "bench", "--lm", str(pair.lm), "--mmproj", str(pair.mmproj), "--method", "uniform", "random", "--keep", "9",
+        "--rounds", "1", "--batches", "1", "--images", "2", "--parallel", "2", "--tokens", "3", "--size", "60x40",
+        "--precision", "fp32", "--threads", "1", "--without", "none", "--out", str(out),
     ])  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0
     assert printed.out.startswith("| contender |")
     found = json.loads(printed.out.splitlines()[-1])
     assert json.loads(out.read_text()) == found
-    assert set(found["arms"]) == {"pool 9", "uniform 9", BASELINE}
+    assert set(found["arms"]) == {"pool 9", "uniform 9", "random 9", BASELINE}
+    assert found["subject"] == "uniform 9"
     assert set(found["ratios"]) == {"ttft", "images_per_second"}
     assert "round 1 of 1" in printed.err
 
@@ -163,7 +164,7 @@ def test_the_command_prints_a_table_and_ends_with_the_document(
         (["--shape", "gpt-5"], "unknown shape 'gpt-5'"),
         (["--size", "big"], "--size big: write WIDTHxHEIGHT"),
         (["--tokens", "1"], "--tokens 1 has no rate"),
-        (["--method", "none"], "--method none keeps every token"),
+        (["--method", "mosaic", "none"], "--method none keeps every token"),
         (["--batches", "11"], "--batches 11 do not fit"),
         (["--lm", "a.gguf"], "--lm and --mmproj come together"),
         (["--rounds", "0"], "--rounds 0 is not a positive number"),
