@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from hypothesis import given
+from hypothesis import strategies as st
 from llama_cpp.llama_cpp import ggml_backend_sched_eval_callback
 
 from by_torch import TorchSequence
 from cut_models import CutModel, Floats, Ints, Keep, Prompt, Watched, cut_model, logits, make_prompt, relative
 from decoding import image_prompt
 from edge_tokcomp.errors import UsageError
+from edge_tokcomp.language.batches import parts, rows_at_once
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.readout import Readout
@@ -60,6 +63,40 @@ def test_segments_without_steps_give_the_logits_of_the_model(
             assert segmented.layer_share(0) == 1
         errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
         assert max(errors) <= most, (kv_type, errors)
+
+
+@pytest.mark.parametrize("cuts", [[3], [1, 2, 4], [1, 2, 3, 4, 5]])
+def test_smaller_micro_batches_round_as_those_of_the_whole_model(tmp_path: Path, cuts: list[int]) -> None:
+    """Flash attention rounds 64 rows and more at once otherwise than fewer: each row has to be among as many."""
+    cut = cut_model(tmp_path, "llama", cuts, quantization="Q8_0")
+    options: dict[str, Any] = {"n_ctx": 1024, "kv_type": "f16", "flash_attention": True}
+    with (
+        LanguageModel.open(cut.tiny.path, threads=1) as model,
+        PlainDecoder(model, **options) as plain,
+        cut.segmented(**options) as segmented,
+    ):
+        assert (plain.n_ubatch, segmented.n_ubatch) == (512, max(512 // (len(cuts) + 1), 128))
+        for count in (63, 64, 100, 129, 300, 512, 530, 576, 700, 1000):
+            prompt = cut.prompt(count)
+            batches = [[replace(prompt.parts[0], want_logits=None)], *([word] for word in prompt.words(3))]
+            for decoder in (plain, segmented):
+                decoder.clear()
+            for batch in batches:
+                np.testing.assert_array_equal(logits(segmented, batch), logits(plain, batch), err_msg=str(count))
+
+
+@given(st.integers(1, 2000), st.integers(128, 700), st.integers(1, 8), st.lists(st.integers(0, 1999), max_size=9))
+def test_equal_parts_cover_all_rows_and_are_small_only_where_the_whole_is(count, whole, segments, outputs):
+    most = rows_at_once(whole, segments, 1, "llama")
+    wanted = np.isin(np.arange(count), outputs)
+    found = list(parts(wanted, most, most, equal_in=whole))
+    assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
+    assert found[-1].stop == count
+    for part in found:
+        start = part.start // whole * whole
+        assert part.stop <= start + whole
+        assert part.stop - part.start <= most
+        assert part.stop - part.start >= min(64, min(start + whole, count) - start)
 
 
 def test_images_whose_rows_see_one_another(tmp_path: Path) -> None:

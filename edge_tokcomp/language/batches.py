@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from ..tokens import Rows
 
+_LEAST_ROWS = 128
+"""Half of it is the least that equal parts of more have, and what llama.cpp's flash attention tiles: fewer rows at once
+it rounds otherwise (GGML_FA_TILE_Q)."""
+
 Stand = tuple[int, int]
 """Where a sequence stands: its last row's (temporal) position and the highest of any section, -1 before the first."""
 
@@ -107,22 +111,34 @@ def sections(rows: Rows) -> NDArray[np.int32]:
 
 
 def parts(
-    outputs: NDArray[np.bool_], most_rows: int, most_outputs: int, kinds: NDArray[np.int8] | None = None
-) -> Iterator[slice]:
+    outputs: NDArray[np.bool_], most_rows: int, most_outputs: int, kinds: NDArray[np.int8] | None = None,
+    *, equal_in: int | None = None,
+) -> Iterator[slice]:  # fmt: skip
     """Slices of at most ``most_rows`` rows with at most ``most_outputs`` of the ``outputs (n,)``, each of rows of one
-    of the ``kinds (n,)``."""
+    of the ``kinds (n,)``; ``equal_in`` divides every so many rows into slices of about the same length."""
     start = 0
     if kinds is None and len(outputs) <= min(most_rows, most_outputs):
         yield slice(start, len(outputs))
         return
     while start < len(outputs):
         stop = min(start + most_rows, len(outputs))
+        if equal_in:
+            left = min((start // equal_in + 1) * equal_in, len(outputs)) - start
+            stop = start + -(-left // -(-left // most_rows))
         if kinds is not None and len(others := np.flatnonzero(kinds[start:stop] != kinds[start])):
             stop = start + int(others[0])
         if stop - start > most_outputs and len(within := np.flatnonzero(outputs[start:stop])) > most_outputs:
             stop = start + int(within[most_outputs])
         yield slice(start, stop)
         start = stop
+
+
+def rows_at_once(most: int, segments: int, sequences: int, architecture: str) -> int:
+    """Rows of a micro-batch, so that the compute buffers of all ``segments`` take about what the whole model's takes
+    for ``most`` rows. Images of Gemma 3 see one another and are computed at once."""
+    if architecture.startswith("gemma"):
+        return most
+    return min(most, max(-(-most // segments), _LEAST_ROWS, sequences))
 
 
 def _tokens(rows: Rows) -> NDArray[np.int32]:

@@ -54,11 +54,12 @@ class Segment:
         kv_type: Literal["f16", "f32"] = "f16",
         n_outputs: int | None = None,
         readout: Readout | None = None,
+        equal_in: int | None = None,
     ) -> None:
         """``n_ctx``: the model's own up to 4096 by default. ``threads`` for single rows, ``threads_batch`` for batches;
         ``None`` takes the model's, then every core. ``flash_attention``: ``None`` lets llama.cpp decide, except that it
         is off for ``kv_type="f32"``, because it rounds to f16. ``n_outputs``: output rows of one call, by default a
-        few. ``readout``: for ``tensors``.
+        few. ``readout``: for ``tensors``. ``equal_in``: see ``parts``.
 
         Raises ``UsageError`` for options out of range, ``TokcompError`` when the context cannot be made.
         """
@@ -82,7 +83,7 @@ class Segment:
         if flash_attention is None and kv_type == "f32":
             flash_attention = False
         check_memory(n_ctx, model.kv_bytes_per_row(kv_type))
-        self._model, self._readout = model, readout
+        self._model, self._readout, self._equal_in = model, readout, equal_in
         self._n_sequences = n_sequences
         # llama.cpp reserves a buffer of n_outputs x n_vocab floats: 300 MB for 512 rows of a 150 000 token vocabulary.
         self._n_outputs = min(n_batch, n_outputs or max(n_sequences, _SPARE_OUTPUTS))
@@ -167,7 +168,8 @@ class Segment:
                 self._context.copy_logits(row, answers[done])
                 done += 1
 
-        calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, self._kinds(whole)))
+        kinds = self._kinds(whole)
+        calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, kinds, equal_in=self._equal_in))
         self._run(batch, whole, causal, calls, take)
         if len(batch) == 1:
             return [answers]
@@ -196,7 +198,7 @@ class Segment:
         calls = [
             slice(start + part.start, start + part.stop)
             for start, end in zip([0, *ends], ends, strict=False)
-            for part in parts(every[start:end], most, self._n_outputs)
+            for part in parts(every[start:end], most, self._n_outputs, equal_in=self._equal_in)
         ]
         readout.expect(names)
 

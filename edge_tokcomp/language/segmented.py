@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..errors import TokcompError
 from ..layer_state import LayerState
 from ..tokens import Rows
-from .batches import Stand, check_rows
+from .batches import Stand, check_rows, rows_at_once
 from .decoder import Positions
 from .history import History
 from .model import LanguageModel
@@ -66,13 +66,13 @@ class SegmentedDecoder:
         bytes_per_row = sum(model.kv_bytes_per_row(options.get("kv_type", "f16")) for model in models)
         check_memory(options.get("n_ctx") or usual_context(self.model), bytes_per_row)
         self.set_steps(steps)
+        most = min(int(options.get("n_ubatch", 512)), int(options.get("n_batch", 2048)))
+        rows = rows_at_once(most, len(models), self._n_sequences + 1, self.model.architecture)
         with ExitStack() as stack:
             for model in models:
-                own: dict[str, Any] = dict(options)
+                own: dict[str, Any] = options | {"n_ubatch": rows, "n_batch": rows, "equal_in": most}
                 if model is not self.model:
-                    # A call reads all its rows from one micro-batch. It is the whole model's: flash attention rounds
-                    # otherwise in others.
-                    own["n_batch"] = own["n_outputs"] = min(own.get("n_ubatch", 512), own.get("n_batch", 2048))
+                    own["n_outputs"] = rows  # a call reads all its rows
                 segment = Segment(model, n_sequences=self._n_sequences + 1, readout=Readout(), **own)
                 self._segments.append(stack.enter_context(segment))
             self._stack = stack.pop_all()
