@@ -52,9 +52,8 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
     for name in options.method:
         if not get_method(name).compresses:
             raise UsageError(f"--method {name} keeps every token; name one that compresses")
-    arms = [f"{name} {options.keep}" for name in dict.fromkeys(options.method)]
-    subject = arms[0]
-    if "pool" not in options.without and "pool" not in options.method:
+    subject, *apart = arms = list(dict.fromkeys(f"{get_method(name)} {options.keep}" for name in options.method))
+    if "pool" not in options.without and f"pool {options.keep}" not in arms:
         arms.insert(0, f"pool {options.keep}")
     batch_arms = tuple(arms) if options.batches else ()
     if "none" not in options.without:
@@ -62,7 +61,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
     sides = int(size.group(1)), int(size.group(2))
     plan = Plan(
         tuple(arms), batch_arms, sides, options.rounds, options.batches, options.images,
-        "baseline" not in options.without,
+        "baseline" not in options.without, tuple(apart),
     )  # fmt: skip
     return plan, subject
 

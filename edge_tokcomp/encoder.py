@@ -50,7 +50,8 @@ class ImageEncoder:
         """
         seen = picture if isinstance(picture, SeenImage) else None
         asked = (method, keep)
-        if seen and seen.asked == asked:
+        # 1 is one token and 1.0 all of them, which are equal.
+        if seen and seen.asked == asked and type(seen.asked[1]) is type(keep):
             return seen
         started = time.perf_counter()
         image = seen.image if seen else self._open(picture)

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from .errors import UsageError, check_positive
-from .methods import AttentionMethod, TowerMethod, get_method, method_table
+from .methods import AttentionMethod, Joined, TowerMethod, get_method, method_table
 from .methods.options import describe_options, spell
 from .text import printable, unheard
 
@@ -34,7 +34,7 @@ def methods(options: argparse.Namespace) -> int:
             print(f"{'':15} {settings}")  # noqa: T201
     joined = get_method("luvc:first=0.0+mosaic")
     print(f"{'TOWER+METHOD':15} one in the tower and one that chooses among what it leaves, as in {joined}")  # noqa: T201
-    print(f"{'':15} leave=0.75, written with the first: how much of the picture the tower leaves")  # noqa: T201
+    print(f"{'':15} leave={Joined.leave}, written with the first: how much the tower leaves")  # noqa: T201
     print("\nlayer steps (--layer-steps NAME@LAYER:AMOUNT,...), inside it:")  # noqa: T201
     for name, step in LAYER_STEPS.items():
         print(f"{name:15} {step.title}; amount: {step.amount}")  # noqa: T201

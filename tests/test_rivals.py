@@ -275,6 +275,15 @@ def test_a_method_that_needs_the_question_says_so_and_what_to_do_without(tokens)
         get_method("cdpruner").compress(tokens, 5)
 
 
+def test_a_question_of_no_words_is_none(tokens):
+    nothing = np.empty((0, 20), np.float32)
+    with pytest.raises(TokcompError, match="cdpruner needs the question"):
+        get_method("cdpruner").compress(tokens, 5, query=nothing)
+    for name in ("mmtok", "dart"):
+        asked, plain = get_method(name).compress(tokens, 5, query=nothing), get_method(name).compress(tokens, 5)
+        np.testing.assert_array_equal(asked.keep, plain.keep)
+
+
 def test_different_questions_keep_different_tokens(tokens):
     other = np.random.default_rng(5).standard_normal((4, 20)).astype(np.float32)
     for name in ("cdpruner", "mmtok", "dart"):

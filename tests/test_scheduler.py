@@ -117,6 +117,19 @@ def test_texts_in_layer_segments_are_what_they_are_alone(architecture: str, text
         assert all(each.layer_share < 1 for each in found)
 
 
+def test_long_prompts_in_layer_segments_are_generated_from_at_once(tmp_path: Any) -> None:
+    """Each has more rows than a segment computes at once, and comes whole; the others go on meanwhile."""
+    cut = cut_model(tmp_path, "llama", [1, 2, 4])
+    with cut.segmented(read_layer_steps("spectrum@2:0.5"), n_sequences=5, n_ctx=1024) as decoder:
+        prompts = [make_prompt(cut.tiny, 4, (13, 14), 3, seed=number).parts for number in range(4)]
+        requests = [Request((), number, prompt, Sampling(ignore_end=True), 20) for number, prompt in enumerate(prompts)]
+        assert decoder.n_ubatch < requests[0].length < decoder.chunk
+        embedding = TokenEmbedding(decoder.model.path, row_width=decoder.row_width)
+        scheduler = Scheduler(decoder, decoder.model, embedding)
+        assert [len(each.tokens) for each in run_all(scheduler, requests)] == [20] * 4
+    assert scheduler.steps < 30
+
+
 @pytest.fixture
 def careless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are admitted without room for what they come to."""

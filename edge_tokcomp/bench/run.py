@@ -6,6 +6,7 @@ import os
 import platform
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,7 +23,11 @@ OURS = "edge-tokcomp"
 @dataclass(frozen=True)
 class Plan:
     """What is measured: ``arms`` of ours beside the baseline, on pictures of ``size``; ``rounds`` follow one that does
-    not count, ``batches`` of ``images`` lie between them, of the ``batch_arms``; each batch is of other pictures."""
+    not count, ``batches`` of ``images`` lie between them, of the ``batch_arms``; each batch is of other pictures.
+
+    ``apart``: arms in processes of their own, since the tower they want may be another than that of the rest, of which
+    few stay open at once.
+    """
 
     arms: tuple[str, ...]
     batch_arms: tuple[str, ...]
@@ -31,6 +36,7 @@ class Plan:
     batches: int
     images: int
     baseline: bool = True
+    apart: tuple[str, ...] = ()
 
 
 def run(setting: Setting, plan: Plan, told: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -41,29 +47,27 @@ def run(setting: Setting, plan: Plan, told: Callable[[str], None] = lambda _: No
     singles: dict[str, list[dict[str, Any]]] = {arm: [] for arm in _contenders(plan)}
     batches: dict[str, list[dict[str, Any]]] = {arm: [] for arm in plan.batch_arms}
     told("loading")
-    with Worker(OURS, setting) as ours:
-        theirs = Worker(BASELINE, setting) if plan.baseline else None
-        try:
-            order = random.Random(0)
-            due = [round((number + 1) * plan.rounds / (plan.batches + 1)) for number in range(plan.batches)]
-            for number in range(plan.rounds + 1):
-                data = picture(number, *plan.size)
-                names = _contenders(plan)
-                order.shuffle(names)
-                for arm in names:
-                    told(f"round {number} of {plan.rounds}: {arm}")
-                    worker = theirs if arm == BASELINE and theirs else ours
-                    sample = worker.ask("caption", [data], arm=arm)
-                    if number:
-                        singles[arm].append(sample)
-                for batch in [place for place, after in enumerate(due) if after == number]:
-                    for arm in plan.batch_arms:
-                        told(f"batch {batch + 1} of {plan.batches}: {plan.images} pictures, {arm}")
-                        batches[arm].append(ours.ask("batch", _pictures(batch, plan), arm=arm))
-            steps = {count: ours.ask("steps", count=count)["seconds"] for count in (1, setting.parallel)}
-        finally:
-            if theirs:
-                theirs.close()
+    with ExitStack() as stack:
+        ours = stack.enter_context(Worker(OURS, setting))
+        workers = {arm: stack.enter_context(Worker(OURS, setting)) for arm in plan.apart}
+        if plan.baseline:
+            workers[BASELINE] = stack.enter_context(Worker(BASELINE, setting))
+        order = random.Random(0)
+        due = [round((number + 1) * plan.rounds / (plan.batches + 1)) for number in range(plan.batches)]
+        for number in range(plan.rounds + 1):
+            data = picture(number, *plan.size)
+            names = _contenders(plan)
+            order.shuffle(names)
+            for arm in names:
+                told(f"round {number} of {plan.rounds}: {arm}")
+                sample = workers.get(arm, ours).ask("caption", [data], arm=arm)
+                if number:
+                    singles[arm].append(sample)
+            for batch in [place for place, after in enumerate(due) if after == number]:
+                for arm in plan.batch_arms:
+                    told(f"batch {batch + 1} of {plan.batches}: {plan.images} pictures, {arm}")
+                    batches[arm].append(workers.get(arm, ours).ask("batch", _pictures(batch, plan), arm=arm))
+        steps = {count: ours.ask("steps", count=count)["seconds"] for count in (1, setting.parallel)}
     return {
         "schema": 1, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": _host(),
         "versions": {name: version(name) for name in ("llama_cpp_python", "onnxruntime", "numpy")}

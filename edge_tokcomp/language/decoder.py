@@ -27,6 +27,10 @@ class Decoder(Protocol):
         """Rows computed at once: the largest non-causal batch."""
 
     @property
+    def chunk(self) -> int:
+        """Rows that one call of ``decode`` had best have."""
+
+    @property
     def n_sequences(self) -> int:
         """Sequence ids run from 0 to this, exclusive."""
 
@@ -48,7 +52,8 @@ class Decoder(Protocol):
 
     @property
     def takes_bare(self) -> bool:
-        """Whether it looks tokens up itself, in batches of nothing but text."""
+        """Whether it looks tokens up itself, in batches of nothing but text: reading, dequantising and checking the row
+        of a generated token takes longer than all else that is done between two calls of llama.cpp."""
 
     @property
     def looks_at_text(self) -> bool:
@@ -90,6 +95,11 @@ class PlainDecoder(Segment):
     looks_at_text = prunes = False
     takes_bare = True
     positions: Positions = "original"
+
+    @property
+    def chunk(self) -> int:
+        """Those computed at once."""
+        return self.n_ubatch
 
     @property
     def n_layer(self) -> int:

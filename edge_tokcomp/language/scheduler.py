@@ -32,7 +32,7 @@ class Scheduler:
     """Runs requests on the sequences of ``decoder``: the first is for prefixes, each other for one request at a time.
 
     ``causal``: whether image rows see only those before them; otherwise each image takes a call of its own.
-    ``chunk``: rows of one call, ``n_ubatch`` by default. Decoders that drop image rows on the way get each prompt in
+    ``chunk``: rows of one call, the decoder's by default. Decoders that drop image rows on the way get each prompt in
     one call. Requests are admitted in the order in which they were submitted, as soon as a sequence is free and the
     context has room for the prompt and some of the text. When it runs full, the request admitted last gives up its rows
     and is computed again later; its text goes on where it was.
@@ -49,7 +49,7 @@ class Scheduler:
             raise ValueError("a scheduler needs a decoder of two sequences or more: one is for prefixes")
         self.steps = self.given_up = 0
         self._decoder, self._model, self._embedding, self._causal = decoder, model, embedding, causal
-        self._chunk = chunk or decoder.n_ubatch
+        self._chunk = chunk or decoder.chunk
         self._waiting: deque[Run] = deque()
         self._running: list[Run] = []  # in the order of their admission
         self._tickets = 0

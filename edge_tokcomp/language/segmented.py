@@ -46,7 +46,8 @@ class SegmentedDecoder:
         self, models: Sequence[LanguageModel], cuts: Sequence[int], steps: Sequence[Pruning] = (), **options: Any
     ) -> None:
         """``models``: the segments in order. ``cuts``: the first layer of all but the first. ``options``: as for
-        ``Segment``, for each. Raises what ``Segment`` and ``set_steps`` raise."""
+        ``Segment``, for each; they share its ``n_ubatch`` (``rows_at_once``). Raises what ``Segment`` and
+        ``set_steps`` raise."""
         self.model = models[-1]
         if self.model.takes_tokens:
             raise TokcompError(
@@ -66,7 +67,7 @@ class SegmentedDecoder:
         bytes_per_row = sum(model.kv_bytes_per_row(options.get("kv_type", "f16")) for model in models)
         check_memory(options.get("n_ctx") or usual_context(self.model), bytes_per_row)
         self.set_steps(steps)
-        most = min(int(options.get("n_ubatch", 512)), int(options.get("n_batch", 2048)))
+        self._most = most = min(int(options.get("n_ubatch", 512)), int(options.get("n_batch", 2048)))
         rows = rows_at_once(most, len(models), self._n_sequences + 1, self.model.architecture)
         with ExitStack() as stack:
             for model in models:
@@ -114,6 +115,11 @@ class SegmentedDecoder:
     @property
     def n_ubatch(self) -> int:
         return self._segments[0].n_ubatch
+
+    @property
+    def chunk(self) -> int:
+        """Those the whole model computes at once."""
+        return self._most
 
     @property
     def n_sequences(self) -> int:

@@ -1,7 +1,8 @@
 """Token ids to embedding rows, read from the language model's own file.
 
-Feeding looked-up rows gives the same logits as feeding the tokens, so text and image rows can share a batch; but for
-models that look at the tokens themselves (``LanguageModel.takes_tokens``), for which rows carry them along.
+Feeding looked-up rows gives the logits of the tokens, to 1e-6, so text and image rows can share a batch, and generated
+tokens go without rows where nothing else is in it (``bare_rows``); but for models that look at the tokens themselves
+(``LanguageModel.takes_tokens``), for which rows carry them along.
 """
 
 from __future__ import annotations

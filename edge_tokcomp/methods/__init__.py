@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import TokcompError, UsageError
-from .base import AttentionMethod, Candidates, Choice, Merges, Method, Picks, Scores, TowerMethod
+from .base import AttentionMethod, Candidates, Choice, Merges, Method, Picks, Scores
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
@@ -30,6 +30,7 @@ from .resolution import Resolution
 from .scope import SCOPE
 from .todre import ToDRE
 from .tome import ToMe
+from .tower_method import TowerMethod
 from .uniform import Uniform
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -41,7 +42,7 @@ __all__ = [
 
 GROUP = "edge_tokcomp.methods"
 
-_JOIN = re.compile(r"\+(?=\s*[a-z])")
+_JOIN = re.compile(r"\+(?=\s*[A-Za-z])")
 """Between two methods; the sign of a number has no letter behind it."""
 
 METHODS: dict[str, type[Method]] = {
@@ -76,16 +77,16 @@ def get_method(method: str | Method, **options: Any) -> Method:
     Raises ``UsageError`` for unknown names and options, with the valid ones.
     """
     if isinstance(method, Method):
-        return dataclasses.replace(method, **match_options(type(method), options))
-    first, *rest = _JOIN.split(method, maxsplit=1)
+        return dataclasses.replace(method, **match_options(type(method), method.name, options))
+    first, *rest = (part.strip() for part in _JOIN.split(method, maxsplit=1))
     name, colon, text = first.partition(":")
     written = read_options(name, text) if colon else {}
-    if rest:
-        leave = {key: written.pop(key) for key in ("leave",) if key in written}
-        joined = Joined(get_method(name, **written), get_method(rest[0].strip()), **leave)  # type: ignore[arg-type]
-        return get_method(joined, **options)
+    leave = {"leave": written.pop("leave")} if rest and "leave" in written else {}
     cls = METHODS.get(name) or _outside(name)
-    return cls(**match_options(cls, written) | match_options(cls, options))
+    if not rest:
+        return cls(**match_options(cls, name, written) | match_options(cls, name, options))
+    joined = Joined(cls(**match_options(cls, name, written)), get_method(rest[0]), **leave)  # type: ignore[arg-type]
+    return get_method(joined, **options)
 
 
 def method_table() -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from ..budget import share, tokens_to_keep
 from ..errors import TokcompError, UsageError
 from ..tokens import Array, Ints, Plan, Role, VisionTokens
-from ..variant import TowerVariant
 from .kernels import like, to_numpy, top_k
 from .options import check_options, options_of, spell
 
@@ -258,35 +257,6 @@ class AttentionMethod(Method):
             raise UsageError(f"{self}: with these options it looks at no block's attention; leave block out")
 
 
-@dataclass(frozen=True)
-class TowerMethod(Method):
-    """A method that acts before the tower's output, by having the tower run otherwise."""
-
-    @property
-    def behind(self) -> Method | None:
-        """What chooses among the rows that come out; None where all of them are kept."""
-        return None
-
-    def leaves(self, keep: int | float, before: int) -> int | float:
-        """The budget of what comes out, in a picture of ``before`` tokens of which ``keep`` are to be kept."""
-        return keep
-
-    @abstractmethod
-    def variant(
-        self, wanted: int, grid: tuple[int, int], blocks: int, side: int = 1, window: int | None = None
-    ) -> TowerVariant:
-        """How a tower of ``blocks`` blocks is to be run for at most ``wanted`` tokens of a crop of ``grid``; ``side``:
-        patches a side of one token, ``window``: of a window of attention, None where it is whole."""
-
-    @final
-    def choose(self, rows: Candidates, k: int) -> Choice:
-        """There is nothing to choose among; raises ``TokcompError``."""
-        raise TokcompError(
-            f"method {self.name} acts in the tower or before it, and these {len(rows)} rows have left it; "
-            "it needs a picture, or choose another method (edge-tokcomp methods)"
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class _View:
     crops: tuple[int, ...]
@@ -310,7 +280,8 @@ class _Inputs:
         self.optional: dict[str, Array | None] = {}
         # Attention that has to be computed first is not offered to a method that can do without.
         attention = tokens.attention if "cls_attention" in method.needs else tokens.cls_attention
-        there = {"cls_attention": attention, "keys": tokens.keys, "query": query}
+        asked = None if query is None or not query.shape[0] else query  # a question of no words is none
+        there = {"cls_attention": attention, "keys": tokens.keys, "query": asked}
         for name, array in there.items():
             wording = _INPUTS[name]
             if array is None and name in method.needs:

@@ -9,13 +9,14 @@ from typing import ClassVar
 from ..budget import tokens_to_keep
 from ..errors import UsageError
 from ..variant import TowerVariant
-from .base import Method, TowerMethod
+from .base import Method
 from .options import spell
+from .tower_method import TowerMethod
 
 
 @dataclass(frozen=True)
 class Joined(TowerMethod):
-    """``tower`` has the tower leave a part of the picture's tokens, ``leave``, and ``then`` chooses among these.
+    """``tower`` has the tower leave at most a part of the tokens, ``leave``, and ``then`` chooses among these.
 
     Choosing at the end cannot save the tower any time, and what merges on the way cannot know what will count. Where
     more is to be kept than ``leave``, the tower leaves that. Ours.

@@ -248,7 +248,7 @@ def read_layer_step(text: str) -> LayerStep:
             waiting = []
     if waiting:
         raise UsageError(f"layer step {text!r}: layer {waiting[-1]} has no amount; write {name}@LAYER:AMOUNT")
-    settings = match_options(cls, options)
+    settings = match_options(cls, cls.name, options)
     return cls(**({"at": tuple(at)} if at else {}) | settings)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..variant import Lengths, Merge, Sharing, TowerVariant, pieces, room, shrunk
-from .base import TowerMethod
 from .resolution import in_proportion
+from .tower_method import TowerMethod
 
 
 @dataclass(frozen=True)

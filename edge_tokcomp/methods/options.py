@@ -36,13 +36,14 @@ def read_options(method: str, text: str) -> dict[str, Any]:
     return options
 
 
-def match_options(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` under the names of ``cls``'s fields (``lambda`` finds ``lambda_``); unknown ones are refused."""
+def match_options(cls: type[Any], method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` of ``method`` under the names of ``cls``'s fields (``lambda`` finds ``lambda_``); unknown ones are
+    refused."""
     known = {field.name.rstrip("_"): field.name for field in options_of(cls)}
     for name in options:
         if name.rstrip("_") not in known:
             valid = ", ".join(known) if known else "none"
-            raise UsageError(f"method {cls.name} has no option {name!r}{suggest(name, known)}; its options: {valid}")
+            raise UsageError(f"method {method} has no option {name!r}{suggest(name, known)}; its options: {valid}")
     return {known[name.rstrip("_")]: value for name, value in options.items()}
 
 
@@ -51,7 +52,7 @@ def describe_options(cls: type[Any]) -> dict[str, dict[str, Any]]:
     hints = get_type_hints(cls)
     return {
         field.name.rstrip("_"): {
-            "default": None if field.default is MISSING else field.default,
+            "default": field.default,
             "accepts": _wording(hints[field.name]),
         }
         for field in options_of(cls)
@@ -59,8 +60,9 @@ def describe_options(cls: type[Any]) -> dict[str, dict[str, Any]]:
 
 
 def options_of(method: Any) -> list[Field[Any]]:
-    """The fields of a method or its class, its own before those that all of its kind have."""
-    return sorted(fields(method), key=lambda field: field.kw_only is True)
+    """The fields of a method or its class that have a default, its own before those that all of its kind have."""
+    options = [field for field in fields(method) if field.default is not MISSING]
+    return sorted(options, key=lambda field: field.kw_only is True)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..variant import TowerVariant
-from .base import TowerMethod
+from .tower_method import TowerMethod
 
 
 @dataclass(frozen=True)
