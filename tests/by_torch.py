@@ -24,10 +24,15 @@ SECTIONS = (2, 3, 3)
 
 
 class TorchSequence:
-    """One sequence, pruned by ``steps``, which are shown what this model computes."""
+    """One sequence, pruned by ``steps``, which are shown what this model computes.
 
-    def __init__(self, tiny: TinyModel, steps: Sequence[Any] = ()) -> None:
-        self.tiny, self.head = tiny, tiny.n_embd // tiny.n_head
+    ``eight_bits``: what is multiplied with weights is rounded as llama.cpp rounds it for quantized ones; ``edge``: how
+    near a value came to being rounded the other way, in steps, which would change all that follows.
+    """
+
+    def __init__(self, tiny: TinyModel, steps: Sequence[Any] = (), *, eight_bits: bool = False) -> None:
+        self.tiny, self.head, self.eight_bits = tiny, tiny.n_embd // tiny.n_head, eight_bits
+        self.edge = 0.5
         self.weights = {name: torch.from_numpy(weight).double() for name, weight in tiny.weights.items()}
         self.at = [
             [(step, step.layers(tiny.n_layer)[layer]) for step in steps if layer in step.layers(tiny.n_layer)]
@@ -81,12 +86,12 @@ class TorchSequence:
                 torch.cat([old, new]) for old, new in zip(self.caches[layer], (key, value), strict=True)
             )
             looks, keys = weights.mean(0), self.caches[layer][0]
-            x = x + mixed @ self._weight(layer, "attn_output").T
+            x = x + self._times(mixed, self._weight(layer, "attn_output"))
             normed = self._norm(x, self._weight(layer, "ffn_norm"))
-            gate, up = (normed @ self._weight(layer, f"ffn_{part}").T for part in ("gate", "up"))
-            x = x + (torch.nn.functional.silu(gate) * up) @ self._weight(layer, "ffn_down").T
+            gate, up = (self._times(normed, self._weight(layer, f"ffn_{part}")) for part in ("gate", "up"))
+            x = x + self._times(torch.nn.functional.silu(gate) * up, self._weight(layer, "ffn_down"))
         final = self._norm(x[crop < 0], self.weights["output_norm.weight"])
-        return (final @ self.weights["output.weight"].T).numpy()
+        return self._times(final, self.weights["output.weight"]).numpy()
 
     def _places(self, rows: Rows) -> NDArray[np.int64]:
         """``(3, n)``: time, height, width."""
@@ -94,6 +99,12 @@ class TorchSequence:
 
     def _weight(self, layer: int, name: str, end: str = "weight") -> torch.Tensor:
         return self.weights[f"blk.{layer}.{name}.{end}"]
+
+    def _times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self.eight_bits:
+            x, edge = _eight_bits(x)
+            self.edge = min(self.edge, edge)
+        return x @ weight.T
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + self.tiny.norm_eps).sqrt() * weight
@@ -109,7 +120,7 @@ class TorchSequence:
         normed = self._norm(x, self._weight(layer, "attn_norm"))
         found = []
         for part in "qkv":
-            rows = normed @ self._weight(layer, f"attn_{part}").T
+            rows = self._times(normed, self._weight(layer, f"attn_{part}"))
             if self.tiny.architecture != "llama":
                 rows = rows + self._weight(layer, f"attn_{part}", "bias")
             rows = rows.view(len(x), -1, self.head)
@@ -132,3 +143,16 @@ class TorchSequence:
         later = torch.arange(len(key))[None, :] > held + torch.arange(len(query))[:, None]
         weights = scores.masked_fill(later, -torch.inf).softmax(-1)
         return weights, torch.einsum("hnm,mhd->nhd", weights, value).reshape(len(query), -1)
+
+
+def _eight_bits(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """``x (n, k)`` in whole multiples of a 127th of the largest in each 32 values, that step in half precision
+    (ggml's Q8_0); and how near a value was to the middle of two multiples, or a step to that of two halves."""
+    blocks = x.reshape(len(x), -1, 32)
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    exact = torch.where(step > 0, blocks / step, torch.zeros_like(blocks))
+    half = step.half().double()
+    apart = torch.nextafter(half.half(), torch.tensor(torch.inf).half()).double() - half
+    middles = [exact - exact.round(), (step - half) / apart]
+    edge = min((0.5 - middle.abs()).min().item() for middle in middles)
+    return (exact.round() * half).reshape(x.shape), edge
