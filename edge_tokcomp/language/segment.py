@@ -190,7 +190,7 @@ class Segment:
         whole = self._joined(batch, causal, checked)
         # The last layer of a graph computes output rows only; its queries and keys come before that.
         every = np.full(len(whole.wanted), any(name.startswith("l_out") for name in names))
-        found: list[list[Floats]] = [[] for _ in names]
+        found: list[Floats] = []
         # A call is one micro-batch, since the next overwrites what is read. Models with a recurrent state compute
         # sequences of different lengths in several.
         ends = np.cumsum([len(rows) for rows in batch]).tolist() if self._model.recurrent else [len(every)]
@@ -203,13 +203,19 @@ class Segment:
         readout.expect(names)
 
         def take(part: slice) -> None:
-            for arrays, array in zip(found, readout.take(), strict=True):
-                arrays.append(array)
+            arrays = readout.take()
+            if len(calls) == 1:
+                found.extend(arrays)
+                return
+            if not found:
+                found.extend(np.empty((len(every), *array.shape[1:]), np.float32) for array in arrays)
+            for into, array in zip(found, arrays, strict=True):
+                into[part] = array
             if part.stop < len(every):
                 readout.expect(names)
 
         self._run(batch, Join(whole.embeddings, whole.positions, whole.sequences, every), causal, calls, take)
-        return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in found]
+        return found
 
     def fork(self, source: int, target: int) -> None:
         """Let the empty sequence ``target`` share all rows of ``source``; nothing is computed or copied."""
