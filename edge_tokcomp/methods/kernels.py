@@ -59,10 +59,12 @@ def directions(rows: Array, *, centred: bool = True) -> tuple[Array, Array]:
         mean = xp.mean(unit, axis=0, keepdims=True)
     lengths = []
     for block in blocks(unit.shape[0], unit.shape[1], unit):
-        part = unit[block, :] - mean if centred else unit[block, :]
+        part = unit[block, :]
+        if centred:
+            part -= mean
         length = xp.sqrt(xp.linalg.vecdot(part, part))
         length = xp.where(length > least, length, xp.zeros_like(length))
-        unit[block, :] = part / xp.where(length > 0, length, xp.full_like(length, xp.inf))[:, None]
+        part /= xp.where(length > 0, length, xp.full_like(length, xp.inf))[:, None]
         lengths.append(length)
     return unit, xp.concat(lengths)
 
