@@ -22,6 +22,12 @@ from tiny_models import TinyModel, write_tiny_model
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+CUTS = {
+    "llama": [2, 3, 5], "qwen2": [2, 5], "qwen2vl": [1, 4], "qwen3": [3], "qwen3vl": [4, 5], "gemma3": [2, 5],
+    "lfm2": [2, 4],
+}  # fmt: skip
+"""Architectures, and where they are cut."""
+
 
 @dataclass(frozen=True)
 class CutModel:
@@ -168,3 +174,8 @@ def alone(cut: CutModel, steps: Sequence[Any], batches: Sequence[Sequence[Rows]]
 def same(found: Any, expected: Any) -> bool:
     """Up to the order of sums."""
     return relative(found, expected) <= 2e-5
+
+
+def every_other(layer: int, state: LayerState) -> list[int]:
+    """Other rows at each layer."""
+    return [row for row in range(len(state)) if (row + layer) % 3]
