@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import array_api_compat
 import numpy as np
@@ -48,12 +49,13 @@ def _lanczos(matrix: Array, count: int) -> tuple[Array, Array] | None:
     device = array_api_compat.device(matrix)
     basis = xp.zeros((size, most), dtype=matrix.dtype, device=device)
     inside = xp.zeros((most, most), dtype=matrix.dtype, device=device)
-    block = like(np.linalg.qr(_random(size, _BLOCK, seed=0))[0], matrix)
+    block = like(_beginning(size), matrix)
     before, known = 0, 0
     spent = _SPENT * float(xp.max(xp.linalg.diagonal(matrix)))
     while known + _BLOCK <= most:
         basis[:, known : known + _BLOCK] = block
-        fresh = matrix @ block
+        # The same as matrix @ block, which takes BLAS libraries 1.6 times as long.
+        fresh = xp.matrix_transpose(xp.matrix_transpose(block) @ matrix)
         known += _BLOCK
         recent, so_far = basis[:, before:known], basis[:, :known]
         part = xp.matrix_transpose(recent) @ fresh
@@ -63,7 +65,7 @@ def _lanczos(matrix: Array, count: int) -> tuple[Array, Array] | None:
         before = known - _BLOCK
         block, link = xp.linalg.qr(fresh)
         link = to_numpy(link)
-        if np.min(np.abs(np.diag(link))) <= spent:
+        if np.abs(link.diagonal()).min() <= spent:
             return None
         if known < check:
             continue
@@ -94,6 +96,13 @@ def _largest_beside(basis: Array, matrix: Array) -> float:
     return float(xp.linalg.vector_norm(probe - basis @ (xp.matrix_transpose(basis) @ probe)))
 
 
+@lru_cache(maxsize=8)
+def _beginning(size: int) -> NDArray[np.float64]:
+    """``(size, _BLOCK)``: random orthonormal vectors to begin with."""
+    return np.linalg.qr(_random(size, _BLOCK, seed=0))[0]
+
+
+@lru_cache(maxsize=16)
 def _random(size: int, columns: int, seed: int) -> NDArray[np.float64]:
     """``(size, columns)``: the same on every backend."""
     return np.random.Generator(np.random.PCG64(seed)).standard_normal((size, columns))

@@ -96,6 +96,15 @@ def blocks(count: int, width: int, array: Array) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
 
+def held_between(values: Array, low: Array, high: Array) -> Array:
+    """``values`` raised to ``low`` and lowered to ``high``; NumPy's in place, since fresh memory costs more."""
+    if isinstance(values, np.ndarray):
+        np.maximum(values, low, out=values)
+        return np.minimum(values, high, out=values)
+    xp = array_namespace(values)
+    return xp.minimum(xp.maximum(values, low), high)
+
+
 def top_k(scores: NDArray[Any], k: int) -> Ints:
     """Indices of the ``k`` highest ``scores (N,)``, highest first, ties to the lower index."""
     return np.argsort(-scores, kind="stable")[:k].astype(np.int64)

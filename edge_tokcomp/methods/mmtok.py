@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import array_api_compat
 from array_api_compat import array_namespace
 
 from ..errors import UsageError
 from ..tokens import Array
 from .base import Candidates, Method, Picks
 from .kernels import blocks, gram, unit_rows
-from .selection import coverage
+from .selection import Cover, coverage
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,29 @@ class MMTok(Method):
     def choose(self, rows: Candidates, k: int) -> Picks:
         """``k`` rows in greedy order."""
         xp = rows.xp
-        asked, seen = 0 if rows.query is None else rows.query.shape[0], len(rows)
-        weight = self.alpha if asked else 1.0
-        shape = (asked + (seen if weight else 0), seen)
-        table = xp.empty(shape, dtype=xp.float64, device=array_api_compat.device(rows.features))
         unit = unit_rows(rows.features, centred=self.centred)
+        asked = 0 if rows.query is None else rows.query.shape[0]
+        covers = []
         if asked:
             wide = unit if rows.project is None else unit_rows(rows.embeddings, centred=self.centred)
             likeness = unit_rows(rows.query) @ xp.matrix_transpose(wide)
-            table[:asked, :] = softmax_rows(likeness / self.text_temperature) / asked
-        if weight:
-            likeness = gram(unit)
-            for block in blocks(seen, seen, likeness):
-                into = slice(asked + block.start, asked + block.stop)
-                table[into, :] = softmax_rows(likeness[block, :] / self.image_temperature) * (weight / seen)
-        return Picks(coverage(table, k))
+            powers = xp.exp((likeness - xp.max(likeness, axis=1, keepdims=True)) / self.text_temperature)
+            covers.append(Cover(powers, 1 / (asked * xp.sum(powers, axis=1))))
+        if self.alpha or not asked:
+            covers.append(self._picture(unit, self.alpha if asked else 1.0))
+        return Picks(coverage(covers, k))
 
-
-def softmax_rows(logits: Array) -> Array:
-    """Softmax along each row of ``logits (R, N)``."""
-    xp = array_namespace(logits)
-    powers = xp.exp(logits - xp.max(logits, axis=1, keepdims=True))
-    return powers / xp.sum(powers, axis=1, keepdims=True)
+    def _picture(self, unit: Array, weight: float) -> Cover:
+        """The picture's table, as powers that are alike both ways; what a softmax divides by goes into the weight."""
+        xp = array_namespace(unit)
+        powers, sums = gram(unit), []
+        for block in blocks(powers.shape[0], powers.shape[1], powers):
+            powers[block, :] = xp.exp((powers[block, :] - 1) / self.image_temperature)
+            sums.append(xp.sum(powers[block, :], axis=1))
+        total = xp.concat(sums)
+        # A row of zeros is like none, all alike: covered by whatever is chosen, it decides nothing.
+        some = xp.linalg.vecdot(unit, unit) > 0
+        share = xp.where(
+            some, weight / (total.shape[0] * xp.where(some, total, xp.ones_like(total))), xp.zeros_like(total)
+        )
+        return Cover(powers, share, symmetric=True)

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..tokens import Array
 from .base import AttentionMethod, Candidates, Merges
 from .kernels import blocks, directions, gram, like, settle, to_numpy
-from .selection import coverage
+from .selection import Cover, coverage
 
 _LEAST = 0.05
 
@@ -71,7 +71,7 @@ class Mosaic(AttentionMethod):
         xp = rows.xp
         unit, lengths = directions(rows.features)
         alike = self.likeness(rows, unit, k)
-        picks = coverage(alike, k, weight=self.importance(rows, lengths, k))
+        picks = coverage([Cover(alike, self.importance(rows, lengths, k), symmetric=True)], k)
         covers = xp.take(alike, like(picks, alike), axis=1)
         assign = to_numpy(xp.argmax(settle(covers), axis=1)).astype(np.int64)
         assign[picks] = np.arange(k)

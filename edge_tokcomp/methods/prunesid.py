@@ -188,10 +188,10 @@ def _compared(features: Array) -> tuple[tuple[Array, float], NDArray[np.float64]
     rows = xp.astype(features, xp.float64)
     products = gram(rows)
     length = xp.sqrt(xp.linalg.diagonal(products))
-    some = length > 0
-    factor = xp.where(some, 1 / xp.where(some, length, xp.ones_like(length)), xp.zeros_like(length))
-    cosines = settle(products * factor[:, None] * factor[None, :])
-    return (factor @ rows, float(xp.sum(xp.astype(some, xp.float64)))), to_numpy(cosines)
+    some = xp.astype(length > 0, xp.float64)
+    factor = some / (length + (1 - some))
+    cosines = settle(products * factor[:, None] * factor)
+    return (factor @ rows, float(xp.sum(some))), to_numpy(cosines)
 
 
 def _sums(unit: Array) -> tuple[Array, float]:

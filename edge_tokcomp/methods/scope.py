@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from ..errors import UsageError
 from .base import AttentionMethod, Candidates, Picks
 from .kernels import blocks, gram, unit_rows
-from .selection import coverage
+from .selection import Cover, coverage
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ class SCOPE(AttentionMethod):
             saliency = xp.sum(rows.cls_attention, axis=0, dtype=xp.float64)
             peak = xp.max(saliency)
             worth = (saliency / xp.where(peak > 0, peak, xp.ones_like(peak))) ** self.alpha
-        return Picks(coverage(table, k, worth))
+        return Picks(coverage([Cover(table, xp.ones_like(table[0, :]), symmetric=True)], k, worth))

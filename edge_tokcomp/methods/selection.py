@@ -11,7 +11,8 @@ Everything is O(N) a step beside the products named, and waits for the device as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import array_api_compat
@@ -19,10 +20,12 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from ..tokens import Array, Ints
-from .kernels import blocks, gram, settle, to_numpy
+from .kernels import blocks, gram, held_between, settle, to_numpy
 
 _GRAM_ROWS = 4096
 _ROWS_PER_STEP = 8
+_FEW = 64
+"""Things up to which all are worked on, which is less than to look for those that change."""
 _SPENT = 2.0**-30
 """Volume, of at most 1, below which a row counts as a combination of those taken."""
 
@@ -37,15 +40,15 @@ def greedy(gain: Array, update: Callable[[Array], Array], k: int, first: int | N
     xp = array_namespace(gain)
     rows = xp.arange(gain.shape[0], device=array_api_compat.device(gain))
     never = xp.full_like(gain, -xp.inf)
-    taken = rows < 0
+    left = xp.zeros_like(gain)
     picks: list[Array] = []
     while len(picks) < k:
         if first is not None and not picks:
             chosen = rows[first : first + 1]
         else:
-            chosen = xp.argmax(xp.where(taken, never, settle(gain)), keepdims=True)
+            chosen = xp.argmax(settle(gain) + left, keepdims=True)
         picks.append(chosen)
-        taken = taken | (rows == chosen)
+        left = xp.where(rows == chosen, never, left)
         if len(picks) < k:
             gain = update(chosen)
     return to_numpy(xp.concat(picks)).astype(np.int64)
@@ -108,35 +111,60 @@ def farthest(
     return greedy(-alike, update, k, first=first)
 
 
-def coverage(table: Array, k: int, worth: Array | None = None, weight: Array | None = None) -> Ints:
-    """``k`` columns of ``table (R, N)``, 0 or more each, that together cover its rows best, a row as well as its
-    largest entry among them; a row counts by its ``weight (R,)``, a column's gain is multiplied by its ``worth (N,)``.
+@dataclass(frozen=True, eq=False)
+class Cover:
+    """Things to be covered: ``table (R, N) float64``, 0 or more, says how well each of N rows covers each of R things,
+    ``weight (R,)`` what covering one is worth.
 
-    Gains are kept up to date by what the chosen column takes from the others, on the rows it covers better than
-    before: a row is improved O(log K) times, so all K steps cost about as much as R log K rows of the table.
+    ``symmetric``: the things are the rows, and the table says of two of them the same both ways.
     """
-    xp = array_namespace(table)
-    covered = xp.zeros_like(table[:, 0])
-    weight = xp.ones_like(covered) if weight is None else weight
-    gain = weight @ table
+
+    table: Array
+    weight: Array
+    symmetric: bool = False
+
+
+def coverage(covers: Sequence[Cover], k: int, worth: Array | None = None) -> Ints:
+    """``k`` rows that together cover the things of all ``covers`` best, a thing as well as the best of them does; a
+    row's gain is multiplied by its ``worth (N,)``.
+
+    Gains are kept up to date by what the chosen row takes from the others, on the things it covers better than before:
+    a thing is improved O(log K) times, so all K steps cost about as much as R log K rows of the table.
+    """
+    xp = array_namespace(covers[0].table)
+    gain = sum((cover.weight @ cover.table for cover in covers[1:]), covers[0].weight @ covers[0].table)
     scale = xp.max(gain)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     gain = gain / scale
-    worth = xp.ones_like(gain) if worth is None else worth
+    # Of each thing how well it is covered and what that is worth, side by side: a step is many small calls.
+    states = [xp.stack([xp.zeros_like(cover.weight), cover.weight / scale]) for cover in covers]
 
     def update(chosen: Array) -> Array:
-        nonlocal gain, covered
-        column = xp.take(table, chosen, axis=1)[:, 0]
-        better = xp.nonzero(column > covered)[0]
-        for block in blocks(better.shape[0], table.shape[1], table):
-            rows = better[block]
-            before, after, share = xp.take(covered, rows), xp.take(column, rows), xp.take(weight, rows)
-            reach = xp.minimum(xp.maximum(xp.take(table, rows, axis=0), before[:, None]), after[:, None])
-            gain = gain - (share @ reach - share @ before) / scale
-        covered = xp.maximum(covered, column)
-        return gain * worth
+        nonlocal gain
+        for cover, state in zip(covers, states, strict=True):
+            for loss in _losses(xp, cover, state, chosen):
+                gain -= loss
+        return gain if worth is None else gain * worth
 
-    return greedy(gain * worth, update, k)
+    return greedy(gain if worth is None else gain * worth, update, k)
+
+
+def _losses(xp: Any, cover: Cover, state: Array, chosen: Array) -> Iterator[Array]:
+    """What the gains ``(N,)`` fall by in the ``state (2, R)`` of a cover once ``chosen (1,)`` joins, in parts."""
+    # A row lies together in memory, a column does not.
+    line = xp.take(cover.table, chosen, axis=0)[0, :] if cover.symmetric else xp.take(cover.table, chosen, axis=1)[:, 0]
+    after = xp.maximum(state[0, :], line)
+    if after.shape[0] <= _FEW:
+        reach = held_between(xp.asarray(cover.table, copy=True), state[0, :, None], after[:, None])
+        yield state[1, :] @ reach - state[1, :] @ state[0, :]
+    else:
+        better = xp.nonzero(after > state[0, :])[0]
+        for block in blocks(better.shape[0], cover.table.shape[1], cover.table):
+            things = better[block]
+            part, most = xp.take(state, things, axis=1), xp.take(after, things)
+            reach = held_between(xp.take(cover.table, things, axis=0), part[0, :, None], most[:, None])
+            yield part[1, :] @ reach - part[1, :] @ part[0, :]
+    state[0, :] = after
 
 
 def log_det(row: Callable[[Array], Array], diagonal: Array, k: int) -> Ints:
