@@ -1,45 +1,68 @@
-"""The verb ``bench``: what is measured, a table for people, and one JSON object as the last line."""
+"""The verb ``bench``: what is measured, a table for people, and one JSON object as the last line.
+
+A run that is stopped shows what it had measured by then.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from .bench.contenders import Setting
-from .bench.report import summary, table
+from .bench.report import rounds, summary, table
 from .bench.run import Plan, run
-from .errors import UsageError, check_positive
+from .errors import TokcompError, UsageError, check_positive
 from .files import write_whole
 from .language.segment import available_cores
 from .methods import get_method
+from .signals import interrupts_to
+from .text import printable, unheard
 
 _LARGEST_SIDE = 16384
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure, and print what came of it."""
-    plan, subject = _plan(options)
+    """Measure, and print what came of it: 130 where that was interrupted, 1 where a contender failed on the way."""
+    plan, out = _plan(options), _out(options)
     lm, mmproj = _files(options)
     setting = Setting(
         str(lm), str(mmproj), options.prompt, options.tokens, options.threads or available_cores(), options.ctx,
         options.precision, options.parallel,
     )  # fmt: skip
-    found = summary(run(setting, plan, _told), subject)
-    print(table(found))  # noqa: T201
-    line = json.dumps(found)
-    if options.out:
-        try:
-            write_whole(options.out, lambda stream: stream.write(f"{line}\n".encode()))
-        except OSError as fault:
-            raise UsageError(f"--out {options.out}: cannot be written ({fault.strerror or fault})") from fault
-    print(line)  # noqa: T201
-    return 0
+    document: dict[str, Any] = {}
+    code, reason = 0, ""
+    try:
+        with interrupts_to(signal.default_int_handler), closing(run(setting, plan, _tell)) as documents:
+            for document in documents:
+                if rounds(document):
+                    _write(out, summary(document))
+    except KeyboardInterrupt:
+        code, reason = 130, "interrupted"
+    except TokcompError as fault:
+        if not document:
+            raise
+        code, reason = 1, str(fault)
+    done = rounds(document) if document else 0
+    if code:
+        shown = "" if done else ", so nothing is shown"
+        _tell(f"edge-tokcomp: {reason}; whole rounds: {done} of {plan.rounds}{shown}")
+        document["reason"] = reason
+    if done:
+        found = summary(document)
+        print(f"{table(found)}\n{json.dumps(found)}")  # noqa: T201
+        if code:
+            _write(out, found)
+    return code
 
 
-def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
+def _plan(options: argparse.Namespace) -> Plan:
     for name in ("keep", "tokens", "rounds", "images", "parallel", "ctx", "threads"):
         check_positive(f"--{name}", getattr(options, name))
     if options.tokens < 2:
@@ -59,11 +82,10 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, str]:
     if "none" not in options.without:
         arms.insert(0, "none")
     sides = int(size.group(1)), int(size.group(2))
-    plan = Plan(
-        tuple(arms), batch_arms, sides, options.rounds, options.batches, options.images,
+    return Plan(
+        subject, tuple(arms), batch_arms, sides, options.rounds, options.batches, options.images,
         "baseline" not in options.without, tuple(apart),
     )  # fmt: skip
-    return plan, subject
 
 
 def _files(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -75,10 +97,30 @@ def _files(options: argparse.Namespace) -> tuple[Path, Path]:
 
     if options.shape not in BENCH_SHAPES:
         raise UsageError(f"unknown shape {options.shape!r}; one of {', '.join(BENCH_SHAPES)}")
-    _told(f"{options.shape}: random weights, written to the cache if they are not there")
+    _tell(f"{options.shape}: random weights, written to the cache if they are not there")
     lm, mmproj = cached_pair(BENCH_SHAPES[options.shape])
     return lm, mmproj
 
 
-def _told(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+def _out(options: argparse.Namespace) -> Path | None:
+    """The file for the document; refused before there is anything to lose."""
+    if options.out is None:
+        return None
+    path = Path(options.out)
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--out {path}: cannot be written; name a file in a folder that can be")
+    return path
+
+
+def _write(out: Path | None, found: dict[str, Any]) -> None:
+    if out is None:
+        return
+    try:
+        write_whole(out, lambda stream: stream.write(f"{json.dumps(found)}\n".encode()))
+    except OSError as fault:
+        raise UsageError(f"--out {out}: cannot be written ({fault.strerror or fault})") from fault
+
+
+def _tell(text: str) -> None:
+    with unheard(sys.stderr):
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
 import threading
 import time
@@ -17,6 +16,7 @@ from .parameters import Parameters
 from .records import Record, Sink
 from .resume import Done
 from .scoring import share_pictures
+from .signals import interrupts_to
 from .sources import Source
 from .vlm import VLM
 
@@ -155,11 +155,8 @@ def count_done(
 
 @contextmanager
 def _interruptible(on_stop: Callable[[], None] | None) -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a flag. In other threads than the main one signals are left alone."""
+    """Turn the first interrupt into a flag."""
     flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
 
     def note(_number: int, _frame: FrameType | None) -> None:
         if flag.is_set():
@@ -168,11 +165,5 @@ def _interruptible(on_stop: Callable[[], None] | None) -> Iterator[threading.Eve
         if on_stop:
             on_stop()
 
-    # A signal that is ignored (nohup, a job in the background) stays so.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
+    with interrupts_to(note):
         yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -228,7 +228,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--ctx", type=int, default=4096, metavar="N", help="rows of context (default 4096)")
     bench.add_argument("--without", nargs="+", default=[], choices=("none", "pool", "baseline"), help="contenders that "
                        "are left out")  # fmt: skip
-    bench.add_argument("--out", metavar="FILE.json", help="also write the document there")
+    bench.add_argument("--out", metavar="FILE.json", help="also write the document there, anew after every "
+                       "round")  # fmt: skip
 
 
 def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:

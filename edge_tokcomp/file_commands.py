@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from .errors import UsageError, check_positive
-from .methods import AttentionMethod, Joined, TowerMethod, get_method, method_table
+from .methods import AttentionMethod, TowerMethod, get_method, joined_form, method_table
 from .methods.options import describe_options, spell
 from .text import printable, unheard
 
@@ -20,9 +20,10 @@ def methods(options: argparse.Namespace) -> int:
     """List the methods, and the steps inside the language model."""
     from .methods.layer_steps import LAYER_STEPS, layer_step_table
 
-    table = method_table()
+    table, joined = method_table(), joined_form()
     if options.json:
-        print(json.dumps({"methods": table, "layer_steps": layer_step_table()}, indent=2))  # noqa: T201
+        listed = {"methods": table, "joined": joined, "layer_steps": layer_step_table()}
+        print(json.dumps(listed, indent=2))  # noqa: T201
         return 0
     print("methods (--method), before the language model:")  # noqa: T201
     for row in table:
@@ -32,9 +33,10 @@ def methods(options: argparse.Namespace) -> int:
         if row["options"]:
             settings = ", ".join(f"{name}={spell(value['default'])}" for name, value in row["options"].items())
             print(f"{'':15} {settings}")  # noqa: T201
-    joined = get_method("luvc:first=0.0+mosaic")
-    print(f"{'TOWER+METHOD':15} one in the tower and one that chooses among what it leaves, as in {joined}")  # noqa: T201
-    print(f"{'':15} leave={Joined.leave}, written with the first: how much the tower leaves")  # noqa: T201
+    print(f"{joined['name']:15} {joined['title']}, as in {joined['example']}")  # noqa: T201
+    print(f"{'':15} {joined['source']}; TOWER: {', '.join(joined['first'])}")  # noqa: T201
+    leave = joined["options"]["leave"]["default"]
+    print(f"{'':15} leave={spell(leave)}, written with the first: how much the tower leaves")  # noqa: T201
     print("\nlayer steps (--layer-steps NAME@LAYER:AMOUNT,...), inside it:")  # noqa: T201
     for name, step in LAYER_STEPS.items():
         print(f"{name:15} {step.title}; amount: {step.amount}")  # noqa: T201

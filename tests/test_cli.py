@@ -221,11 +221,13 @@ def test_methods_as_a_table_and_as_json(capsys: Captured) -> None:
     table = capsys.readouterr().out
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    methods, steps = listed["methods"], listed["layer_steps"]
+    methods, steps, joined = listed["methods"], listed["layer_steps"], listed["joined"]
     assert {"none", "random", "uniform", "pool", "prunesid", "todre"} <= {row["name"] for row in methods}
     assert {row["name"] for row in steps} == {"spectrum", "todre", "fastv", "pyramid", "dart"}
     assert all(row["name"] in table and row["source"] in table for row in [*methods, *steps])
     assert "pyramid@0.25:0.5,0.5:0.5,0.75:0.5\n" in table
+    assert f"{joined['name']}    {joined['title']}, as in {joined['example']}\n" in table
+    assert (joined["first"], joined["options"]["leave"]["default"]) == (["resolution", "luvc"], 0.75)
 
 
 def compress(tmp_path: Path, arrays: dict[str, Any], *more: str) -> int:

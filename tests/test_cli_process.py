@@ -47,6 +47,13 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert ("usage: edge-tokcomp" in done.stdout + done.stderr) or "--version" in arguments
 
 
+def test_every_package_is_installed() -> None:
+    root = Path(__file__).parent.parent
+    listed = re.findall(r'^    "(edge_tokcomp[.\w]*)",$', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    found = {f"edge_tokcomp.{file.parent.name}" for file in (root / "edge_tokcomp").glob("*/__init__.py")}
+    assert found <= set(listed)
+
+
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """The command as a process of its own."""
     defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from edge_tokcomp.cli import main
 from edge_tokcomp.errors import TokcompError, UsageError
-from edge_tokcomp.methods import Joined, get_method
+from edge_tokcomp.methods import METHODS, Joined, get_method, joined_form
 from edge_tokcomp.methods.luvc import LUVC
 from edge_tokcomp.methods.mosaic import Mosaic
 from edge_tokcomp.methods.resolution import Resolution
@@ -54,6 +54,19 @@ def test_blanks_around_the_plus_do_not_matter():
 def test_further_options_are_those_of_the_pair():
     with pytest.raises(UsageError, match=r"method luvc\+mosaic has no option 'reach'; its options: leave"):
         get_method("luvc+mosaic", reach=2.0)
+
+
+def test_what_is_listed_can_be_joined_and_nothing_else():
+    form = joined_form()
+    assert isinstance(get_method(form["example"]), Joined)
+    assert form["options"] == {"leave": {"default": Joined.leave, "accepts": "a number"}}
+    for first in METHODS:
+        for then in METHODS:
+            if first in form["first"] and then in form["then"]:
+                assert get_method(f"{first}+{then}").name == f"{first}+{then}"
+            else:
+                with pytest.raises(UsageError, match="join one that acts in the tower"):
+                    get_method(f"{first}+{then}")
 
 
 def test_a_plus_within_a_number_joins_nothing():

@@ -6,16 +6,23 @@ import base64
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, Protocol
 
 from ..division import Division
 from ..encoded_cache import EncodedCache
 from ..errors import TokcompError
 from ..language.sampling import Sampling
+from ..language.token_embedding import bare_rows
 from ..methods import get_method
 from ..vlm import VLM, load
 
 BASELINE = "MTMDChatHandler"
+
+_PLAIN_TOKEN = 5
+"""A whole character, and no end, in every vocabulary met with."""
+_STEPS = 6
+"""In a measure of steps; the first does not count."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class Contender(Protocol):
     def batch(self, arm: str, pictures: Sequence[bytes]) -> float:
         """Seconds for all, in the fastest way there is."""
 
-    def steps(self, count: int) -> float:
-        """Seconds of one step in which ``count`` sequences generate a token each."""
+    def steps(self, count: int, rows: int) -> tuple[float, int]:
+        """Seconds of one step in which ``count`` sequences generate a token each behind ``rows`` rows of their own, and
+        how many rows those were: fewer where the context does not hold as many of each."""
 
 
 class Ours:
@@ -108,22 +116,32 @@ class Ours:
         self.vlm.set_threads(self.setting.threads)
         return seconds
 
-    def steps(self, count: int) -> float:
-        """Behind a prompt of eight rows each."""
+    def steps(self, count: int, rows: int) -> tuple[float, int]:
+        """The median of some. No sequence shares rows with another, since those of pictures differ.
+
+        Raises ``TokcompError`` where not even the steps fit.
+        """
         decoder, embedding = self.vlm.decoder, self.vlm.embedding
+        behind = min(rows, decoder.n_ctx // count - _STEPS)
+        if behind < 1:
+            raise TokcompError(
+                f"{count} captions at once do not fit {decoder.n_ctx} rows of context; ask for fewer (--parallel) or "
+                "more rows (--ctx)"
+            )
         self.vlm.asker.forget()
         decoder.clear()
         numbers = range(1, count + 1)
         for number in numbers:
-            decoder.decode([embedding.rows([0] * 8, 0, number)])
+            decoder.decode([embedding.rows([0] * behind, 0, number)])
+        generated = bare_rows if decoder.takes_bare else embedding.rows
         times = []
-        for _ in range(6):
-            rows = [embedding.rows([0], decoder.length(number), number) for number in numbers]
+        for _ in range(_STEPS):
+            batch = [generated([0], decoder.length(number), number) for number in numbers]
             started = time.perf_counter()
-            decoder.decode(rows)
+            decoder.decode(batch)
             times.append(time.perf_counter() - started)
         decoder.clear()
-        return sorted(times[1:])[len(times[1:]) // 2]
+        return median(times[1:]), behind
 
     def _choose(self, arm: str) -> None:
         method, _, keep = arm.partition(" ")
@@ -166,12 +184,12 @@ class Baseline:
         """One after another."""
         return sum(self.caption(arm, picture).whole for picture in pictures)
 
-    def steps(self, count: int) -> float:
+    def steps(self, count: int, rows: int) -> tuple[float, int]:
         raise TokcompError(f"{BASELINE} generates one text at a time, not {count}")
 
     def _noted(self, *arguments: Any, **options: Any) -> int:
-        """``Llama.sample``, noting when the first token was known; an end token is replaced, so that all texts are of
-        one length."""
-        token = int(self._sample(*arguments, **options))
+        """``Llama.sample``, noting when the first token was known. What it chose is replaced, so that all texts are of
+        one length: an end token would end it, and a part of a character keeps llama-cpp-python going beyond it."""
+        self._sample(*arguments, **options)
         self._first = self._first or time.perf_counter()
-        return 5 if token == self.llama.token_eos() else token
+        return _PLAIN_TOKEN

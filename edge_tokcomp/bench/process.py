@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,8 @@ from .contenders import Setting
 
 
 class Worker:
-    """A contender in a process of its own; a context manager. ``who``: ours or the baseline, by its name.
+    """A contender in a process of its own; a context manager, which stops it at once where anything is raised.
+    ``who``: ours or the baseline, by its name.
 
     Raises ``TokcompError`` with the contender's reason where it fails, here and in ``ask``.
     """
@@ -29,8 +31,14 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, encoding="utf-8",
+            # What is typed at the terminal interrupts the benchmark, which stops its workers itself.
+            start_new_session=True,
         )  # fmt: skip
-        self._say({"who": who, "setting": asdict(setting)})
+        try:
+            self._say({"who": who, "setting": asdict(setting)})
+        except BaseException:
+            self.kill()
+            raise
 
     def ask(self, do: str, pictures: Sequence[bytes] = (), **more: Any) -> dict[str, Any]:
         """Have it ``do`` something, and wait for the answer."""
@@ -38,9 +46,10 @@ class Worker:
         return self._say({"do": do, "pictures": encoded, **more})
 
     def close(self) -> None:
-        """End it."""
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
+        """End it, after what it is doing."""
+        if self._process.stdin:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         if self._process.stdout:
             self._process.stdout.close()
         try:
@@ -50,13 +59,21 @@ class Worker:
             self._process.wait()
         self._errors.close()
 
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self.close()
+
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if fault is None:
+            self.close()
+        else:
+            self.kill()
 
     def _say(self, request: dict[str, Any]) -> dict[str, Any]:
         line = ""

@@ -38,7 +38,8 @@ def _answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
         divided = contender.divisions[request["arm"]] if isinstance(contender, Ours) else ""
         return {"seconds": seconds, "threads": str(divided)}
     if request["do"] == "steps":
-        return {"seconds": contender.steps(request["count"])}
+        seconds, rows = contender.steps(request["count"], request["rows"])
+        return {"seconds": seconds, "rows": rows}
     if request["do"] == "peak":
         scale = 1 if sys.platform == "darwin" else 1024
         return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}

@@ -37,7 +37,7 @@ from .vispruner import VisPruner
 
 __all__ = [
     "METHODS", "AttentionMethod", "Candidates", "Choice", "Joined", "Merges", "Method", "Picks", "Scores",
-    "TowerMethod", "get_method", "information_score", "method_table",
+    "TowerMethod", "get_method", "information_score", "joined_form", "method_table",
 ]  # fmt: skip
 
 GROUP = "edge_tokcomp.methods"
@@ -91,7 +91,6 @@ def get_method(method: str | Method, **options: Any) -> Method:
 
 def method_table() -> list[dict[str, Any]]:
     """Every method, also those of other packages: name, title, source, scope, inputs, options with their defaults."""
-    classes = METHODS | {name: _outside(name) for name in sorted(_entry_points()) if name not in METHODS}
     return [
         {
             "name": name,
@@ -102,8 +101,28 @@ def method_table() -> list[dict[str, Any]]:
             "wants": sorted(cls.wants),
             "options": describe_options(cls),
         }
-        for name, cls in classes.items()
+        for name, cls in _all_methods().items()
     ]
+
+
+def joined_form() -> dict[str, Any]:
+    """How two methods are written as one: which may stand ``first`` and ``then``, by name, and the options of the pair,
+    which are written with the first."""
+    classes = _all_methods()
+    first = [name for name, cls in classes.items() if issubclass(cls, TowerMethod)]
+    return {
+        "name": "TOWER+METHOD",
+        "title": "one in the tower and one that chooses among what it leaves",
+        "source": Joined.source,
+        "example": "luvc:first=0.0+mosaic",
+        "first": first,
+        "then": [name for name, cls in classes.items() if cls.compresses and name not in first],
+        "options": describe_options(Joined),
+    }
+
+
+def _all_methods() -> dict[str, type[Method]]:
+    return METHODS | {name: _outside(name) for name in sorted(_entry_points()) if name not in METHODS}
 
 
 def _entry_points() -> dict[str, metadata.EntryPoint]:
