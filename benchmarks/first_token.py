@@ -1,11 +1,12 @@
 """Time to first token by stage, methods and budgets interleaved in one run.
 
     python benchmarks/first_token.py --arms none "prunesid 64" "mosaic 128 fastv@1:0.5" [--lm LM.gguf --mmproj …]
+    python benchmarks/first_token.py --shape llava-next-7b --image PICTURE --precision int8 --arms "mmtok 160"
 
 An arm is a method, its budget and layer steps. Every round encodes the picture afresh and answers with one token under
 each arm in turn; medians over the rounds that follow the warm-up, and each arm's ratio to the first, round by round.
-Arms without layer steps run in the whole model, the others in its segments. Prints a Markdown table; ``--out`` takes
-all.
+Arms without layer steps run in the whole model, the others in its segments. Prints a Markdown table with the share of
+the first token that choosing takes (``compress``, the projector on what is kept included); ``--out`` takes all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_tokcomp.encoded_cache import EncodedCache
+from edge_tokcomp.export.random_pairs import BENCH_SHAPES, cached_pair
 from edge_tokcomp.images import Image, open_image
 from edge_tokcomp.methods import Method, get_method
 from edge_tokcomp.methods.layer_step import LayerStep
@@ -60,12 +62,15 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=SAMPLE)
     parser.add_argument("--lm")
     parser.add_argument("--mmproj")
+    parser.add_argument("--shape", choices=sorted(BENCH_SHAPES), help="random weights of that shape")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
+    if options.shape:
+        options.lm, options.mmproj = cached_pair(BENCH_SHAPES[options.shape])
     arms = [Arm.read(text) for text in options.arms]
     samples: list[list[dict[str, float]]] = [[] for _ in arms]
     image = open_image(options.image)
@@ -83,13 +88,15 @@ def main() -> None:
     first = np.array([each["first_token"] for each in samples[0]])
     rows = []
     print(f"{platform.processor() or platform.machine()}, {options.rounds} rounds, medians in ms")
-    print(f"| arm | {' | '.join(STAGES)} | ratio |")
-    print("|---" * (len(STAGES) + 2) + "|")
+    print(f"| arm | {' | '.join(STAGES)} | ratio | share of compress |")
+    print("|---" * (len(STAGES) + 3) + "|")
     for name, timed in zip(options.arms, samples, strict=True):
         medians = {stage: float(np.median([each[stage] for each in timed])) for stage in STAGES}
         ratio = float(np.median(np.array([each["first_token"] for each in timed]) / first))
-        rows.append({"arm": name, "medians_ms": medians, "ratio": ratio, "samples": timed})
-        print(f"| `{name}` | {' | '.join(f'{medians[stage]:.1f}' for stage in STAGES)} | {ratio:.2f} |")
+        share = float(np.median([each["compress"] / each["first_token"] for each in timed]))
+        rows.append({"arm": name, "medians_ms": medians, "ratio": ratio, "compress_share": share, "samples": timed})
+        stages = " | ".join(f"{medians[stage]:.1f}" for stage in STAGES)
+        print(f"| `{name}` | {stages} | {ratio:.2f} | {share:.2%} |", flush=True)
     if options.out:
         document = {"precision": options.precision, "threads": options.threads, "arms": rows}
         options.out.write_text(json.dumps(document, indent=1) + "\n")
