@@ -16,7 +16,7 @@ from .language.decoder import Decoder
 from .language.generation import Generation, generate
 from .language.model import LanguageModel
 from .language.prompt import ChatPrompt, chat_prompt
-from .language.requests import Request, feed
+from .language.requests import Request
 from .language.sampling import Sampling
 from .language.scheduler import Scheduler
 from .language.token_embedding import TokenEmbedding
@@ -132,7 +132,7 @@ class Asker:
         if key != self._held:
             self._held = None
             self.decoder.clear()
-            feed(self.decoder, rows_of(parts[:kept], 0, _PREFIX), causal=self.engine.causal)
+            self.decoder.decode(rows_of(parts[:kept], 0, _PREFIX), causal=self.engine.causal)
             self._held = key
         self.decoder.drop(_ANSWER)
         self.decoder.fork(_PREFIX, _ANSWER)
@@ -159,7 +159,10 @@ class Asker:
         self, prompt: Sequence[Rows], sampling: Sampling | None, max_tokens: int, stop: Sequence[str]
     ) -> Generation:
         sampling = sampling or Sampling(seed=self.seed)
-        return generate(self.decoder, self.model, self.embedding, prompt, sampling, max_tokens=max_tokens, stop=stop)
+        return generate(
+            self.decoder, self.model, self.embedding, prompt, sampling, max_tokens=max_tokens, stop=stop,
+            causal=self.engine.causal,
+        )  # fmt: skip
 
     def _check_open(self) -> None:
         if self._closed:

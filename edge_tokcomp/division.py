@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .language.decoder import Decoder
-from .language.requests import Request, feed, marked
+from .language.requests import Request, marked
 from .language.token_embedding import TokenEmbedding
 
 _TOKENS = 64
@@ -73,7 +73,7 @@ def language_work(
     of them generate."""
     tokens = min(request.max_tokens, _TOKENS)
     decoder.clear()
-    feed(decoder, [marked(rows, 0) for rows in request.prefix], causal=causal)
+    decoder.decode([marked(rows, 0) for rows in request.prefix], causal=causal)
     count = min(parallel, decoder.n_sequences - 1, max(decoder.room // (request.length + tokens), 1))
     numbers = range(1, count + 1)
 
@@ -81,7 +81,7 @@ def language_work(
         for number in numbers:
             decoder.drop(number)
         decoder.fork(0, 1)
-        feed(decoder, [marked(rows, 1) for rows in request.rows], causal=causal)
+        decoder.decode([marked(rows, 1) for rows in request.rows], causal=causal)
         for number in numbers[1:]:
             decoder.fork(1, number)
         for _ in range(max(round(tokens / count), 1)):

@@ -16,10 +16,8 @@ _ALWAYS_ON_GRID = {
 where their header has sections of it (GLM-4V)."""
 
 
-def check_pair(lm: Path, mmproj: Path) -> Family | None:
-    """The family that ``mmproj`` is of, where it is known before it is opened.
-
-    Raises ``TokcompError`` for an ``mmproj`` that is damaged or no part of the model that ``lm`` is: rows of another
+def check_pair(lm: Path, mmproj: Path) -> None:
+    """Raise ``TokcompError`` for an ``mmproj`` that is damaged or no part of the model that ``lm`` is: rows of another
     width than it takes, or a grid of positions for a model that counts on as in text (and the reverse).
 
     A tower's directory is not looked into: it says what it is once it is open. Nor is it told here what positions the
@@ -30,13 +28,12 @@ def check_pair(lm: Path, mmproj: Path) -> Family | None:
     n_embd = header.integer(f"{architecture}.embedding_length", 0)
     takes = n_embd * (1 + header.integer(f"{architecture}.n_deepstack_layers", 0))
     if not takes or mmproj.is_dir():
-        return None
+        return
     writes, family = _written(mmproj)
     if writes != takes:
         raise TokcompError(f"{mmproj} writes rows of {writes}, {lm} takes {takes}; the two files are not of one model")
     if family:
         check_positions(lm, "grid" if on_grid(header) else "line", mmproj, family.positions)
-    return family
 
 
 def check_positions(lm: Path, taken: str, mmproj: Path, given: str) -> None:

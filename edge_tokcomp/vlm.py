@@ -28,7 +28,7 @@ from .language.segment import available_cores
 from .language.segmented import SegmentedDecoder
 from .language.token_embedding import TokenEmbedding
 from .methods import Method, get_method
-from .methods.layer_step import LayerStep, check_readable
+from .methods.layer_step import LayerStep
 from .methods.layer_steps import read_layer_steps
 from .pairing import check_pair, check_positions
 from .pipeline import Ask, Pipeline
@@ -136,9 +136,7 @@ class VLM:
         self.name = model_name(lm)
         self.seed, self.threads, self.parallel = seed, threads, parallel
         check_engine(engine)
-        family = check_pair(lm, mmproj)
-        if family and engine != "mtmd":  # before a file is cut for steps that cannot be run
-            check_readable(layer_steps, family.causal)
+        check_pair(lm, mmproj)
         with ExitStack() as stack:
             self.model, self.decoder = open_language(
                 stack, lm, layer_steps, gpu_layers=gpu_layers, threads=threads, n_ctx=n_ctx, n_sequences=1 + parallel
@@ -158,7 +156,6 @@ class VLM:
                 )
             positions: Literal["line", "grid"] = "grid" if self.model.multi_position else "line"
             check_positions(lm, positions, mmproj, self.engine.positions)
-            check_readable(layer_steps, self.engine.causal)
             if sharing and sharing.by == "calibrated":
                 sharing.mean = Calibration.stored(self.engine.directory, mmproj).mean
             self.layer_steps = layer_steps
@@ -234,7 +231,6 @@ class VLM:
         Raises ``UsageError`` for other layers, and for any steps where the model was loaded whole.
         """
         chosen = read_layer_steps(steps)
-        check_readable(chosen, self.engine.causal)
         if isinstance(self.decoder, SegmentedDecoder):
             self.asker.forget()
             self.decoder.set_steps(chosen)

@@ -97,12 +97,6 @@ def entry(key: str, value: str | int | Sequence[bool]) -> bytes:
     return _string(key) + struct.pack("<IIQ", _ARRAY, _BOOL, len(value)) + bytes(map(int, value))
 
 
-def entry_numbers(data: bytes) -> list[float]:
-    """The values of an array entry; ``ValueError`` unless it holds numbers."""
-    _, kind, items = _array(data)
-    return [float(value) for (value,) in struct.iter_unpack("<" + _NUMBERS[kind], items)]
-
-
 def entry_slice(data: bytes, start: int, stop: int) -> bytes:
     """An array entry with the values from ``start`` to ``stop`` only; ``ValueError`` unless it holds numbers."""
     key, kind, items = _array(data)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +18,10 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.files import fingerprint
 from edge_tokcomp.language.gguf_header import GgufHeader, layer_count, read_header, split_files
 from edge_tokcomp.language.model import check_language_model
+from edge_tokcomp.language.row_attention import TELLING_DEPTH, WINDOW, WINDOW_PATTERN, layer_windows
 from edge_tokcomp.language.segment_files import CUTTER, PREFIX
 
-from .gguf_parts import GgufParts, Piece, Tensor, entry, entry_numbers, entry_slice
+from .gguf_parts import GgufParts, Piece, Tensor, entry, entry_slice
 
 _MOST_WIDTH = 1 << 17
 _STAND_IN_TOKENS = 32
@@ -30,12 +30,11 @@ _F16 = 1
 _LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)")
 _VOCABULARY_TENSOR = re.compile(r"(token_embd|output)\..+")
 _TABLE = "token_embd.weight"
-_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _KV_HEADS = "attention.head_count_kv"
 
 _PER_LAYER = (
     "attention.head_count", _KV_HEADS, "feed_forward_length", "expert_feed_forward_length", "expert_used_count",
-    _PATTERN,
+    WINDOW_PATTERN,
 )  # fmt: skip
 _OF_THE_WHOLE = ("rope.dimension_sections",)
 """Arrays that may be as long as the model is deep without having an entry a layer."""
@@ -52,20 +51,17 @@ _REFUSED = {
 class _Architecture:
     """What cutting takes besides counting layers.
 
-    ``on_entry``: keys that say what happens to the rows fed in, which only the first segment may do. ``window_period``:
-    every so many layers one has no sliding window, where the file does not say. ``telling_depth``: a number of layers
-    at which llama.cpp scales attention otherwise. ``hybrid``: layers without key-value heads are convolutions.
+    ``on_entry``: keys that say what happens to the rows fed in, which only the first segment may do. ``hybrid``: layers
+    without key-value heads are convolutions.
     """
 
     on_entry: tuple[str, ...] = ()
-    window_period: int = 0
-    telling_depth: int = 0
     hybrid: bool = False
 
 
 _DEEPSTACK = "n_deepstack_layers"
 _ARCHITECTURES = {
-    "gemma3": _Architecture(window_period=6, telling_depth=62),
+    "gemma3": _Architecture(),
     "granite": _Architecture(on_entry=("embedding_scale",)),
     "internlm2": _Architecture(),
     "lfm2": _Architecture(hybrid=True),
@@ -83,7 +79,7 @@ _ARCHITECTURES = {
 class Source:
     """A language model that can be cut: ``header`` of its first file, ``tensors`` of all its files by name.
 
-    ``windows``: of each layer whether its attention has a sliding window; empty where llama.cpp does not ask.
+    ``windows``: see ``layer_windows``.
     """
 
     header: GgufHeader
@@ -91,7 +87,7 @@ class Source:
     depth: int
     fingerprint: str
     tensors: Mapping[str, Tensor]
-    windows: Sequence[bool]
+    windows: Sequence[int]
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Source:
@@ -113,7 +109,7 @@ class Source:
             digest = fingerprint(*files)
         except OSError as fault:
             raise TokcompError(f"{header.path}: cannot be read ({fault.strerror}); check the path") from fault
-        return cls(header, architecture, depth, digest, _gather(files, depth), _windows(header, architecture, depth))
+        return cls(header, architecture, depth, digest, _gather(files, depth), layer_windows(header))
 
     @property
     def n_bytes(self) -> int:
@@ -134,9 +130,10 @@ class Source:
                 f"first segment; cut at {slices + 1} or later"
             )
         bounds = [0, *at, self.depth]
-        if kind.telling_depth in (self.depth, *(stop - start for start, stop in pairwise(bounds))):
+        telling = TELLING_DEPTH.get(self.architecture)
+        if telling in (self.depth, *(stop - start for start, stop in pairwise(bounds))):
             raise UsageError(
-                f"{text}: llama.cpp computes {self.architecture} models of {kind.telling_depth} layers differently, so "
+                f"{text}: llama.cpp computes {self.architecture} models of {telling} layers differently, so "
                 "that such a model cannot be cut, and no segment may have as many"
             )
         if kind.hybrid:
@@ -150,7 +147,7 @@ class Source:
     def _check_mixed(self, text: str, bounds: Sequence[int]) -> None:
         """llama.cpp aborts the process when the layers of a hybrid model are all of one kind."""
         key = f"{self.architecture}.{_KV_HEADS}"
-        heads = _numbers(self.header, key) if key in self.header.arrays else [1.0] * self.depth
+        heads = self.header.numbers(key) if key in self.header.arrays else [1.0] * self.depth
         for start, stop in pairwise(bounds):
             kinds = {"attention" if count else "convolutions" for count in heads[start:stop]}
             if len(kinds) < 2:
@@ -196,11 +193,13 @@ class Source:
         if not last:
             dropped.add("vocab_size")
         if self.windows:
-            dropped.add(_PATTERN)
+            dropped.add(WINDOW_PATTERN)
             if any(self.windows[first:stop]):
-                yield entry(f"{self.architecture}.{_PATTERN}", self.windows[first:stop])
+                yield entry(
+                    f"{self.architecture}.{WINDOW_PATTERN}", [window > 0 for window in self.windows[first:stop]]
+                )
             else:
-                dropped.add(_WINDOW)  # llama.cpp aborts the process when no layer has the window.
+                dropped.add(WINDOW)  # llama.cpp aborts the process when no layer has the window.
         for key, (start, end) in self.header.spans.items():
             name = key.removeprefix(f"{self.architecture}.")
             if key.startswith("split.") or (key.startswith("tokenizer.") and not last):
@@ -230,21 +229,12 @@ def _check_arrays(header: GgufHeader, architecture: str, depth: int) -> None:
         if name in _PER_LAYER:
             if count != depth:
                 raise TokcompError(f"{header.path}: {key} has {count} entries for {depth} layers; convert it again")
-            _numbers(header, key)
+            header.numbers(key)  # refuses others
         elif count == depth:
             raise TokcompError(
                 f"{header.path}: cannot be cut into segments, it is not known whether the {count} entries of {key} "
                 "stand for its layers"
             )
-
-
-def _numbers(header: GgufHeader, key: str) -> list[float]:
-    """The values of an array with an entry a layer."""
-    start, end = header.spans[key]
-    if end - start <= 64 + len(key.encode()) + 8 * header.arrays[key]:  # No number takes more.
-        with suppress(ValueError):
-            return entry_numbers(Piece(header.path, start, end - start).read())
-    raise TokcompError(f"{header.path}: damaged GGUF, {key} holds no numbers; convert it again")
 
 
 def _integer(header: GgufHeader, key: str, default: int) -> int:
@@ -268,15 +258,3 @@ def _gather(files: Sequence[Path], depth: int) -> dict[str, Tensor]:
     if _TABLE not in tensors or len(tensors[_TABLE].shape) != 2 or tensors[_TABLE].shape[0] > _MOST_WIDTH:
         raise TokcompError(f"{files[0]}: has no {_TABLE} matrix of a usual size, so it is not a language model")
     return tensors
-
-
-def _windows(header: GgufHeader, architecture: str, depth: int) -> list[bool]:
-    """Of each layer whether it has a sliding window, as llama.cpp decides it; empty where it does not ask."""
-    period = _ARCHITECTURES[architecture].window_period
-    if not period or not header.number(f"{architecture}.{_WINDOW}", 0):
-        return []
-    key = f"{architecture}.{_PATTERN}"
-    if key in header.arrays:
-        return [value != 0 for value in _numbers(header, key)]
-    period = _integer(header, key, period)
-    return [period == 0 or layer % period < period - 1 for layer in range(depth)]

@@ -164,11 +164,33 @@ def held(decoder: SegmentedDecoder, sequence: int) -> list[int]:
     return [segment.rows(sequence) for segment in decoder._segments]
 
 
-def alone(cut: CutModel, steps: Sequence[Any], batches: Sequence[Sequence[Rows]]) -> tuple[list[Floats], list[int]]:
-    """Logits of the same batches in a decoder of their own, and the rows it holds then."""
+def alone(
+    cut: CutModel, steps: Sequence[Any], batches: Sequence[Sequence[Rows]], **options: Any
+) -> tuple[list[Floats], list[int]]:
+    """Logits of the same batches in a decoder of their own, and the rows it holds then; ``options``: of ``decode``."""
     with cut.segmented(steps) as decoder:
-        found = [logits(decoder, [replace(rows, sequence=0) for rows in batch]) for batch in batches]
+        found = [logits(decoder, [replace(rows, sequence=0) for rows in batch], **options) for batch in batches]
         return found, held(decoder, 0)
+
+
+def compare_states(step: Watched, noted: list[tuple[int, LayerState, Ints]], most: float = 1e-4) -> None:
+    """What a step was shown in the segments and kept, against what was ``noted`` in torch."""
+    assert [layer for layer, *_ in step.seen] == [layer for layer, *_ in noted]
+    assert noted
+    for (_, found, kept), (_, expected, stay) in zip(step.seen, noted, strict=True):
+        assert kept.tolist() == stay.tolist()
+        assert found.entered == expected.entered
+        for name in ("crop", "image", "text"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+        assert relative(found.hidden, expected.hidden) <= most
+        if found.attention is not None and expected.attention is not None:
+            assert found.attention.shape == expected.attention.shape
+            assert np.abs(found.attention - expected.attention).max() <= most
+        assert (found.attention is None) == (step.attention == "none")
+        if step.looks_at_keys:
+            np.testing.assert_allclose(found.keys, expected.keys, rtol=most)
+            assert relative(found.words, expected.words) <= most
+            np.testing.assert_array_equal(found.final_norm, expected.final_norm)
 
 
 def same(found: Any, expected: Any) -> bool:

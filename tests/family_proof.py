@@ -113,7 +113,8 @@ def our_greedy(vlm: VLM, images: list[Any], question: str, tokens: int) -> tuple
     seen: list[Floats] = []
     rows = list(prompt)
     while len(said) < tokens:
-        logits = vlm.decoder.decode([*rows[:-1], replace(rows[-1], want_logits=None)])[-1][-1]
+        batch = [*rows[:-1], replace(rows[-1], want_logits=None)]
+        logits = vlm.decoder.decode(batch, causal=vlm.engine.causal)[-1][-1]
         seen.append(logits.copy())
         said.append(int(logits.argmax()))
         rows = [vlm.embedding.rows([said[-1]], vlm.decoder.length(1), 1)]

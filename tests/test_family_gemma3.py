@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from edge_tokcomp.errors import TokcompError, UsageError
+from cut_models import Watched
+from edge_tokcomp.answers import Answer
+from edge_tokcomp.errors import TokcompError
 from edge_tokcomp.families import family_for
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.mtmd import ImagePiece, MtmdEncoder, TextPiece
 from edge_tokcomp.language.prompt import chat_prompt
-from edge_tokcomp.language.requests import feed
+from edge_tokcomp.language.sampling import Sampling
+from edge_tokcomp.language.segmented import SegmentedDecoder
 from edge_tokcomp.language.token_embedding import TokenEmbedding
+from edge_tokcomp.methods.layer_steps import read_layer_steps
 from edge_tokcomp.prompt_rows import prompt_parts, rows_of
 from family_proof import Proof, assert_same_rows, assert_same_text, error, our_greedy, photo
+from hf_language import text_model
 from hf_processors import make_processor, make_tokenizer
 from hf_vlms import HALF, build
+from tiny_models import write_tiny_model
 
 SIZES = ((64, 64), (100, 60), (203, 151), (31, 330), (5, 7))
 TOKENS = 16
@@ -155,17 +164,74 @@ def test_published_models_take_256_tokens_of_a_picture_of_any_shape() -> None:
         assert family.prompt(pixels) == ("\n\n<start_of_image>", (0,), "<end_of_image>\n\n")
 
 
-def test_layer_steps_that_read_the_question_are_refused_and_others_run(proof: Proof) -> None:
-    for steps in ("fastv@2:0.5", "dart@2:0.5"):
-        with pytest.raises(UsageError, match="image tokens see one another, so the question cannot be read") as fault:
-            proof.open(layer_steps=steps)
-        assert "\n" not in str(fault.value)
-    with proof.open(layer_steps="spectrum@2:0.5") as vlm:
-        answer = vlm.answer([photo(90, 60), photo(60, 100)], "which is larger", max_tokens=4)
-        assert answer.tokens_after == 2 * TOKENS
-        assert answer.layer_tokens == pytest.approx(2 * TOKENS * (2 + 4 * 0.5) / 6)
-        with pytest.raises(UsageError, match="image tokens see one another"):
-            vlm.set_layer_steps("fastv@2:0.5")
+@pytest.fixture(scope="module")
+def talking(proof: Proof) -> Proof:
+    """The same tower before a language model whose tokens are words, and whose layers add so much that it does not only
+    repeat the last one."""
+    width = proof.model.config.text_config.hidden_size
+    lm = write_tiny_model(proof.lm.parent / "words.gguf", "gemma3", n_layer=6, n_embd=width, seed=1)
+    for tensor in gguf.GGUFReader(lm.path, "r+").tensors:
+        if ".post_" in tensor.name:
+            tensor.data[:] *= 10
+    return replace(proof, lm=lm.path)
+
+
+@pytest.mark.parametrize("steps", ["spectrum@2:0.5", "fastv@1:0.5", "pyramid@2:0.5", "todre@3:1", "dart@2:0.5"])
+def test_layer_steps_answer_alike_one_at_a_time_and_many_at_once(talking: Proof, steps: str) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "sampling": Sampling(repeat_penalty=1.5)}
+    pictures = [photo(90, 60), photo(60, 100, seed=1), photo(50, 50, seed=2)]
+    (step,) = read_layer_steps(steps)
+    ((layer, amount),) = step.at
+    share = (layer + (6 - layer) * (0 if step.name == "todre" else amount)) / 6
+    with talking.open(layer_steps=steps) as vlm:
+        answers = [vlm.answer(picture, "what is this", **options) for picture in pictures]
+        together = list(vlm.answer_all(pictures, "what is this", **options))
+        two = vlm.answer(pictures[:2], "which is larger", **options)
+        assert "".join(vlm.ask(pictures[0], "what is this", stream=True, **options)) == answers[0].text
+        vlm.set_layer_steps("")
+        whole = [vlm.answer(picture, "what is this", **options).text for picture in pictures]
+    for one, other in zip(answers, together, strict=True):
+        assert isinstance(other, Answer)
+        assert (one.text, one.layer_tokens) == (other.text, other.layer_tokens)
+        assert (one.tokens_after, one.layer_tokens) == (TOKENS, pytest.approx(TOKENS * share))
+    assert (two.tokens_after, two.layer_tokens) == (2 * TOKENS, pytest.approx(2 * TOKENS * share))
+    assert len({answer.text for answer in answers}) == 3
+    assert [answer.text for answer in answers] != whole
+
+
+@pytest.mark.parametrize("steps", ["fastv@2:0.5", "pyramid@3:0.25", "dart@2:0.5", "todre@3:1", "spectrum@2:0.5"])
+def test_with_layer_steps_the_logits_are_those_of_transformers_without_the_same_rows(proof: Proof, steps: str) -> None:
+    """Transformers drops what our step left out, before the same layer."""
+    pictures, question = [photo(203, 151), photo(60, 100, seed=1)], "which is larger"
+    watched = Watched(*read_layer_steps(steps))
+    with proof.open(layer_steps=steps) as vlm:
+        encoded = vlm.encode_all(pictures)
+        assert isinstance(vlm.decoder, SegmentedDecoder)
+        vlm.decoder.set_steps([watched])
+        _, logits = our_greedy(vlm, encoded, question, 1)
+    ((layer, state, kept),) = watched.seen
+    asked = proof.asked(pictures, question)
+    places = np.flatnonzero(asked["input_ids"][0].numpy() == proof.model.config.image_token_id)
+    assert places.tolist() == state.image.tolist()
+    left = np.delete(np.arange(asked["input_ids"].shape[1]), np.delete(places, kept))
+    text, seen = text_model(proof.model), {}
+    with torch.no_grad():
+        hook = text.layers[layer].register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
+        proof.model(**asked)
+        hook.remove()
+        np.testing.assert_allclose(
+            seen["hidden"][0, places], state.hidden, atol=5e-3 * float(np.abs(state.hidden).max())
+        )
+        # The layers before the cut pass on what they are given; what is left stands without gaps.
+        hooks = [
+            part.register_forward_hook(lambda _, args, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0])
+            for part in text.layers[:layer]
+        ]
+        rows = seen["hidden"][:, left]
+        found = proof.model(inputs_embeds=rows, token_type_ids=asked["token_type_ids"][:, left]).logits[0, -1]
+        for hook in hooks:
+            hook.remove()
+    assert error(logits[0], found) <= 5e-3
 
 
 def test_pictures_need_a_micro_batch_each(proof: Proof) -> None:
@@ -177,10 +243,10 @@ def test_pictures_need_a_micro_batch_each(proof: Proof) -> None:
         for n_ubatch, fits in ((TOKENS, True), (TOKENS - 1, False)):
             with PlainDecoder(vlm.model, n_ctx=128, n_batch=64, n_ubatch=n_ubatch) as decoder:
                 if fits:
-                    feed(decoder, rows, causal=False)
+                    decoder.decode(rows, causal=False)
                     continue
                 with pytest.raises(TokcompError, match=r"16 image rows .* n_ubatch is 15; .* keep fewer") as fault:
-                    feed(decoder, rows, causal=False)
+                    decoder.decode(rows, causal=False)
                 assert "\n" not in str(fault.value)
 
 
@@ -210,12 +276,3 @@ def test_impossible_metadata_is_refused_in_one_line(tmp_path: Path, changes: dic
     with pytest.raises(TokcompError, match=message) as fault:
         family_for(mmproj.metadata).spec(mmproj.metadata, mmproj.shapes)
     assert "\n" not in str(fault.value)
-
-
-def test_steps_that_cannot_be_run_are_refused_before_the_model_is_cut_for_them(
-    proof: Proof, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EDGE_TOKCOMP_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match="image tokens see one another"):
-        proof.open(layer_steps="fastv@1:0.5")
-    assert not (tmp_path / "cache").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,9 @@ def test_a_non_causal_block_gives_the_logits_of_transformers_image_mask(model: A
         Rows(8 * rows.embeddings, rows.positions)
         for rows in (random_rows(40, 0, seed=1), random_rows(16, 40, seed=2), random_rows(10, 56, seed=3))
     ]
-    got = []
+    parts[1] = replace(parts[1], crop=np.zeros(16, np.int64))
     with exact(language) as decoder:
-        for part, causal in zip(parts, (True, False, True), strict=True):
-            got += decoder.decode([wanting_all(part)], causal=causal)
+        got = decoder.decode([wanting_all(part) for part in parts], causal=False)
     kinds = torch.zeros(1, 66, dtype=torch.int64)
     kinds[:, 40:56] = 1
     with torch.no_grad():

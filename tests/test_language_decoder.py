@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from decoding import Floats, exact, image_prompt, random_rows, wanting_all
+from edge_tokcomp.language.batches import apart
 from edge_tokcomp.language.decoder import PlainDecoder
 from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.model import LanguageModel
@@ -234,8 +236,8 @@ def test_several_rows_of_one_sequence_follow_one_another(model: LanguageModel, d
 
 
 def test_non_causal_rows_see_one_another_and_the_switch_is_set_back(decoder: PlainDecoder) -> None:
-    rows = random_rows(8, seed=7)
-    changed = Rows(rows.embeddings.copy(), rows.positions)
+    rows = replace(random_rows(8, seed=7), crop=np.zeros(8, np.int64))
+    changed = replace(rows, embeddings=rows.embeddings.copy())
     changed.embeddings[-1] += 1
     seen = []
     for causal in (True, False):
@@ -249,6 +251,36 @@ def test_non_causal_rows_see_one_another_and_the_switch_is_set_back(decoder: Pla
     decoder.clear()
     (again,) = decoder.decode([wanting_all(changed)])
     np.testing.assert_allclose(after[0], again[0], atol=1e-4)  # causal again
+
+
+def test_images_see_themselves_and_text_what_stands_before_whatever_else_is_in_the_batch(model: LanguageModel) -> None:
+    """One call for several sequences gives what a call for each ``Rows`` gives."""
+
+    def rows(start: int, count: int, sequence: int, image: int = -1) -> Rows:
+        made = random_rows(count, start, sequence, seed=10 * sequence + start)
+        return wanting_all(replace(made, crop=np.full(count, image)))
+
+    batch = [
+        rows(0, 3, 0), rows(0, 9, 1, 0), rows(3, 8, 0, 0), rows(11, 7, 0, 1), rows(9, 1, 1), rows(18, 2, 0),
+        rows(20, 5, 0, 2), rows(0, 4, 2), rows(25, 6, 0),
+    ]  # fmt: skip
+    # Two images behind one another are apart, text comes as late as it can.
+    assert apart(batch) == [[0], [2], [3], [5], [1], [6], [4, 7, 8]]
+    with exact(model, n_sequences=3) as decoder:
+        together = decoder.decode(batch, causal=False)
+        after = decoder.decode([random_rows(1, at, n, seed=99) for n, at in ((0, 31), (1, 10), (2, 4))], causal=False)
+        decoder.clear()
+        for part, found in zip(batch, together, strict=True):
+            (expected,) = decoder.decode([part], causal=False)
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        for (sequence, at), found in zip(((0, 31), (1, 10), (2, 4)), after, strict=True):
+            (expected,) = decoder.decode([random_rows(1, at, sequence, seed=99)])
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        decoder.clear()
+        looking_back = decoder.decode(batch)
+    for image in (1, 2, 3, 6):
+        assert np.abs(looking_back[image] - together[image]).max() > 1e-2
+    np.testing.assert_allclose(looking_back[0], together[0], atol=1e-4)
 
 
 def test_hybrid_models_fork_exactly_and_say_that_they_cannot_be_cut_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -88,13 +89,23 @@ def test_full_context_says_how_much_is_needed_and_every_cell_can_be_used(model: 
         assert made.room == 0
 
 
+def image_rows(count: int) -> Rows:
+    return replace(random_rows(count), crop=np.zeros(count, np.int64))
+
+
 def test_non_causal_image_must_fit_one_micro_batch(model: LanguageModel) -> None:
     with PlainDecoder(model, n_ctx=256, n_batch=64, n_ubatch=16) as made:
         with pytest.raises(TokcompError, match=r"17 image rows .* n_ubatch is 16; raise n_ubatch and n_batch to 17"):
-            made.decode([random_rows(17)], causal=False)
-        made.decode([random_rows(16)], causal=False)
-    with PlainDecoder(model, n_ctx=256) as made, pytest.raises(ValueError, match="40 logit rows"):
-        made.decode([wanting_all(random_rows(40))], causal=False)
+            made.decode([image_rows(17)], causal=False)
+        assert made.room == 256
+        made.decode([image_rows(16), random_rows(40, 16)], causal=False)  # text comes in parts
+    with PlainDecoder(model, n_ctx=256) as made:
+        with pytest.raises(ValueError, match="40 logit rows"):
+            made.decode([wanting_all(image_rows(40))], causal=False)
+        mixed = replace(random_rows(4), crop=np.array([-1, 0, 0, -1]))
+        with pytest.raises(ValueError, match="text stands among the image rows of sequence 0"):
+            made.decode([mixed], causal=False)
+        assert made.room == 256
 
 
 @pytest.mark.parametrize(
@@ -213,7 +224,8 @@ def test_the_process_lives_after_every_refusal(tiny: TinyModel) -> None:
         "model = LanguageModel.open(sys.argv[1], threads=1)\n"
         "decoder = PlainDecoder(model, n_ctx=256, n_batch=16, n_ubatch=8, n_sequences=2)\n"
         "def rows(n, width=64, start=0, sequence=0):\n"
-        "    return Rows(np.ones((n, width), np.float32), np.arange(start, start + n, dtype=np.int32), sequence)\n"
+        "    places, crop = np.arange(start, start + n, dtype=np.int32), np.zeros(n, np.int64)\n"
+        "    return Rows(np.ones((n, width), np.float32), places, sequence, crop=crop)\n"
         "for batch, causal in (([rows(9)], False), ([rows(300)], True), ([rows(3, width=32)], True),\n"
         "                      ([rows(3, sequence=300)], True), ([rows(3, start=-1)], True)):\n"
         "    try: decoder.decode(batch, causal=causal)\n"

@@ -196,16 +196,6 @@ def test_other_steps_end_an_open_stream(cut: VLM) -> None:
         next(stream)
 
 
-def test_tokens_that_see_one_another_take_no_steps_that_read_the_question(
-    cut: VLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cut.engine, "causal", False)
-    for steps in ("fastv@1:0.5", "dart@1:0.5"):
-        with pytest.raises(UsageError, match="image tokens see one another"):
-            cut.set_layer_steps(steps)
-    cut.set_layer_steps("spectrum@1:0.5")
-
-
 def test_an_evaluation_that_is_broken_off_leaves_the_steps_as_they_were(
     cut: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,22 @@ def test_a_tensor_that_comes_in_parts_is_an_error(model: LanguageModel, way: str
         assert {len(values) for values in found} == {8}
 
 
+@pytest.mark.parametrize("count", [3, 9])
+def test_what_is_read_is_written_over_the_rows_only_when_that_is_asked_for(
+    model: LanguageModel, way: str, count: int
+) -> None:
+    with segment(model, n_ubatch=4) as made:
+        rows = random_rows(count)
+        before = rows.embeddings.copy()
+        plain, keys = made.tensors([rows], ["l_out-1", "Kcur-1"])
+        assert np.array_equal(rows.embeddings, before)
+        made.clear()
+        over, again = made.tensors([rows], ["l_out-1", "Kcur-1"], over=True)
+        assert np.array_equal(over, plain)
+        assert np.array_equal(again, keys)
+        assert np.shares_memory(over, rows.embeddings) == (count > 4)  # what one call gives is no second array
+
+
 def test_other_types_and_shapes_are_an_error(model: LanguageModel, way: str) -> None:
     made = segment(model, flash_attention=False)
     with made, pytest.raises(TokcompError, match=r"kq_soft_max-1.* in another type than float32"):

@@ -66,13 +66,9 @@ def alone(
         replace(rows, sequence=1, want_logits=np.zeros(len(rows), np.bool_))
         for rows in [*request.prefix, *request.rows]
     ]
-    if not causal:
-        for rows in silent[:-1]:
-            decoder.decode([rows], causal=rows.crop is None or bool((rows.crop < 0).all()))
-        silent = silent[-1:]
     run = generate(
         decoder, model, TokenEmbedding.of(model), silent, request.sampling, max_tokens=request.max_tokens,
-        stop=request.stop,
+        stop=request.stop, causal=causal,
     )  # fmt: skip
     run.text()
     return tuple(run.tokens), run.finish_reason
@@ -103,15 +99,15 @@ def test_every_text_is_what_it_is_alone(tiny: TinyModel, model: LanguageModel, c
     assert scheduler.steps < sum(len(tokens) for tokens, _ in expected)
 
 
-@pytest.mark.parametrize("text", ["spectrum@2:0.5", "fastv@2:0.5", "pyramid@2:0.6+fastv@2:0.3"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("text", ["spectrum@2:0.5", "fastv@2:0.5", "pyramid@2:0.6+fastv@2:0.3", "dart@2:0.4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2vl", "gemma3"])
 def test_texts_in_layer_segments_are_what_they_are_alone(architecture: str, text: str, tmp_path: Any) -> None:
-    cut = cut_model(tmp_path, architecture, [2])
+    cut, causal = cut_model(tmp_path, architecture, [2]), architecture != "gemma3"
     requests = [request(cut.tiny, number, max_tokens=3 + 2 * number) for number in range(5)]
     with cut.segmented(read_layer_steps(text), n_sequences=4) as decoder:
-        expected = [alone(decoder, decoder.model, each) for each in requests]
+        expected = [alone(decoder, decoder.model, each, causal=causal) for each in requests]
         embedding = TokenEmbedding(decoder.model.path, row_width=decoder.row_width)
-        scheduler = Scheduler(decoder, decoder.model, embedding, chunk=16)
+        scheduler = Scheduler(decoder, decoder.model, embedding, causal=causal, chunk=16)
         found = run_all(scheduler, requests)
         assert [(each.tokens, each.finish_reason) for each in found] == expected
         assert all(each.layer_share < 1 for each in found)

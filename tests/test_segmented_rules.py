@@ -52,6 +52,15 @@ def test_a_fork_that_cannot_be_changes_nothing(cut: CutModel, decoder: Segmented
     assert [decoder.length(i) for i in range(3)] == lengths
 
 
+def test_the_rows_that_are_fed_stay_as_they_were(cut: CutModel) -> None:
+    """Hidden states are written over rows, but over none of the caller's."""
+    with cut.segmented(n_ctx=512, n_ubatch=32) as decoder:
+        (rows,) = cut.prompt(150).parts
+        before = rows.embeddings.copy()
+        decoder.decode([rows])
+        assert np.array_equal(rows.embeddings, before)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_computed(cut: CutModel, decoder: SegmentedDecoder) -> None:
     lead, image, text = cut.prompt(3, (4, 4), 3).parts
     decoder.set_steps([])
@@ -110,17 +119,6 @@ def test_rows_that_do_not_fit_are_refused(cut: CutModel) -> None:
         with pytest.raises(TokcompError, match="1 rows of image and prompt do not fit: 0 of 256"):
             decoder.decode([more])
         assert decoder.length(0) == start.end  # nothing was computed, so nothing is lost
-
-
-def test_rows_that_see_one_another_do_not_come_with_a_question(cut: CutModel, decoder: SegmentedDecoder) -> None:
-    prompt = list(cut.prompt(3, (4, 4), 3))
-    decoder.set_steps(read_layer_steps("pyramid@2:0.5"))
-    with pytest.raises(ValueError, match="which image rows that see one another may not see"):
-        decoder.decode(prompt, causal=False)
-    assert decoder.room == decoder.n_ctx
-    decoder.set_steps(read_layer_steps("spectrum@2:0.5"))
-    decoder.decode(prompt[:2], causal=False)
-    assert decoder.layer_share(0) == (2 + 0.5 * 4) / 6
 
 
 def test_a_second_image_later_is_pruned_or_refused(cut: CutModel, decoder: SegmentedDecoder) -> None:

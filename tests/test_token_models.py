@@ -19,7 +19,7 @@ from edge_tokcomp.language.generation import generate
 from edge_tokcomp.language.gguf_header import read_header
 from edge_tokcomp.language.model import LanguageModel
 from edge_tokcomp.language.prompt import chat_prompt
-from edge_tokcomp.language.requests import Request, feed
+from edge_tokcomp.language.requests import Request
 from edge_tokcomp.language.sampling import Sampling
 from edge_tokcomp.language.scheduler import Scheduler
 from edge_tokcomp.language.segmented import SegmentedDecoder
@@ -128,8 +128,7 @@ def test_several_requests_at_once_get_the_tokens_of_each_alone(
     with exact(model) as decoder:
         for picture, text in requests:
             decoder.clear()
-            feed(decoder, [*map(silent, prefix), picture], causal=causal)
-            run = generate(decoder, model, embedding, [text], max_tokens=6)
+            run = generate(decoder, model, embedding, [*prefix, picture, text], max_tokens=6, causal=causal)
             run.text()
             alone.append(tuple(run.tokens))
     with exact(model, n_sequences=4) as decoder:
@@ -205,8 +204,8 @@ def pipeline_logits(vlm: VLM, pictures: list[Any], question: str) -> tuple[Float
     written = written.around([one.around for one in images])
     rows = rows_of(prompt_parts(vlm.embedding, written.tokenize(vlm.model), images), 0, 0)
     with exact(vlm.model) as decoder:
-        feed(decoder, rows[:-1], causal=vlm.engine.causal)
-        return decoder.decode([replace(rows[-1], want_logits=None)])[0][0], list(written.pieces)
+        found = decoder.decode([*rows[:-1], replace(rows[-1], want_logits=None)], causal=vlm.engine.causal)
+        return found[-1][0], list(written.pieces)
 
 
 @pytest.mark.parametrize("family", ["cogvlm", "gemma3n", "gemma4_e2b", "gemma4", "hunyuanvl", "deepseek4v"])

@@ -5,6 +5,7 @@ llama.cpp aborts the process or answers -1 when these rules are broken.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,17 @@ class Join:
         if self.tokens is None or self.tokens[part.start] < 0:
             return self.embeddings[part]
         return self.tokens[part]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """What of a batch is computed together: ``places`` in it, its ``batch``, and that joined. ``both_ways``: it is an
+    image whose rows see one another."""
+
+    places: Sequence[int]
+    batch: Sequence[Rows]
+    whole: Join
+    both_ways: bool
 
 
 def join(batch: Sequence[Rows], *, multi_position: bool, takes_tokens: bool = False) -> Join:
@@ -101,6 +113,38 @@ def wanted(rows: Rows) -> NDArray[np.bool_]:
     last = np.zeros(len(rows), np.bool_)
     last[-1:] = True
     return last
+
+
+def of_image(rows: Rows) -> bool:
+    """Whether rows of an image are among them."""
+    return rows.crop is not None and bool((rows.crop >= 0).any())
+
+
+def apart(batch: Sequence[Rows]) -> list[list[int]]:
+    """Places in ``batch`` that may be computed together where the rows of an image see one another and text only looks
+    back: each ``Rows`` of an image alone, text of all sequences in as few lists as the images between allow.
+
+    A sequence's ``Rows`` keep their order; text comes as late as it can, when the most is there to share a call.
+    """
+    ahead: Counter[int] = Counter()  # images still to come in each sequence
+    found: dict[tuple[int, int], list[int]] = {}
+    for place in reversed(range(len(batch))):
+        sequence, image = batch[place].sequence, of_image(batch[place])
+        # After all that has more images ahead; those images themselves before the text behind them.
+        found.setdefault((-ahead[sequence], place - len(batch) if image else 0), []).insert(0, place)
+        ahead[sequence] += image
+    return [found[key] for key in sorted(found)]
+
+
+def grouped(batch: Sequence[Rows], causal: bool, *, multi_position: bool, takes_tokens: bool = False) -> list[Group]:
+    """``batch`` as it is computed: all together, or without ``causal`` what ``apart`` leaves together; raises as
+    ``join``."""
+    groups = []
+    for places in [range(len(batch))] if causal else apart(batch):
+        mine = [batch[place] for place in places]
+        whole = join(mine, multi_position=multi_position, takes_tokens=takes_tokens)
+        groups.append(Group(places, mine, whole, both_ways=not causal and of_image(mine[0])))
+    return groups
 
 
 def sections(rows: Rows) -> NDArray[np.int32]:

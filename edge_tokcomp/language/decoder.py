@@ -24,7 +24,7 @@ class Decoder(Protocol):
 
     @property
     def n_ubatch(self) -> int:
-        """Rows computed at once: the largest non-causal batch."""
+        """Rows computed at once: the largest image whose rows see one another."""
 
     @property
     def chunk(self) -> int:
@@ -68,7 +68,11 @@ class Decoder(Protocol):
         """Whether every layer sees a row at the position it was given, or at its place among those that are left."""
 
     def decode(self, batch: Sequence[Rows], *, causal: bool = True) -> list[Logits]:
-        """Append rows to their sequences; for each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows wanted."""
+        """Append rows to their sequences; for each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows wanted.
+
+        A row sees those before it in its sequence. Without ``causal`` the rows of an image, which are ``Rows`` of their
+        own, see one another as well; text still only looks back.
+        """
 
     def fork(self, source: int, target: int) -> None:
         """Let the empty sequence ``target`` start as ``source`` stands, without computing or copying."""

@@ -64,11 +64,12 @@ def generate(
     *,
     max_tokens: int = 256,
     stop: Sequence[str] = (),
+    causal: bool = True,
 ) -> Generation:
     """Stream the continuation of ``prompt``, whose ``Rows`` follow one another in one sequence.
 
-    ``sampling``: greedy by default. ``stop``: strings that end the text, themselves left out. Nothing is computed
-    before the first ``next``.
+    ``sampling``: greedy by default. ``stop``: strings that end the text, themselves left out. ``causal``: see
+    ``Decoder.decode``. Nothing is computed before the first ``next``.
 
     Raises ``UsageError`` for bad options, ``ValueError`` for an empty prompt or one of several sequences, and while
     iterating what ``decoder.decode`` raises.
@@ -76,16 +77,18 @@ def generate(
     if not prompt or len({rows.sequence for rows in prompt}) > 1:
         raise ValueError(f"a prompt is one or more Rows of one sequence, got {[rows.sequence for rows in prompt]}")
     growth = Continuation(model, sampling, max_tokens=max_tokens, stop=stop)
-    return Generation(_run(growth, decoder, embedding, prompt), growth)
+    return Generation(_run(growth, decoder, embedding, prompt, causal), growth)
 
 
-def _run(growth: Continuation, decoder: Decoder, embedding: TokenEmbedding, prompt: Sequence[Rows]) -> Iterator[str]:
+def _run(
+    growth: Continuation, decoder: Decoder, embedding: TokenEmbedding, prompt: Sequence[Rows], causal: bool
+) -> Iterator[str]:
     sequence = prompt[-1].sequence
     text = bare_rows if decoder.takes_bare else embedding.rows
     growth.start()
     # Only the last row's logits are needed; asking for less saves the output layer.
     silent = [replace(rows, want_logits=np.zeros(len(rows), np.bool_)) for rows in prompt[:-1]]
-    logits = decoder.decode([*silent, replace(prompt[-1], want_logits=None)])[-1][-1]
+    logits = decoder.decode([*silent, replace(prompt[-1], want_logits=None)], causal=causal)[-1][-1]
     try:
         while True:
             shown = growth.take(logits)

@@ -75,6 +75,19 @@ class GgufHeader:
             raise TokcompError(f"{self.path}: {key} is {value!r:.40}, not an integer; download the file again")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """The values of the array ``key``; raises ``TokcompError`` unless these are numbers."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.spans[key][0] + 8 + len(key.encode()))
+                _, kind, count = struct.unpack("<IIQ", stream.read(16))
+                if kind in _SCALARS:
+                    layout = struct.Struct("<" + _SCALARS[kind])
+                    return [float(value) for (value,) in layout.iter_unpack(stream.read(count * layout.size))]
+        except (OSError, struct.error) as fault:
+            raise TokcompError(f"{self.path}: {key} cannot be read ({fault}); check the path") from fault
+        raise TokcompError(f"{self.path}: damaged GGUF, {key} holds no numbers; convert it again")
+
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check a GGUF header; every tensor must lie inside the file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -67,13 +68,25 @@ def schedule(steps: Sequence[Pruning], cuts: Sequence[int], depth: int, architec
     return at
 
 
+def looked_at(at: Schedule) -> set[int]:
+    """Layers whose keys a step looks at."""
+    layers: set[int] = set()
+    for layer, entries in at.items():
+        for step, _ in entries:
+            if step.attention == "next":
+                layers.add(layer)
+            elif step.attention == "previous" or step.looks_at_keys:
+                layers.add(layer - 1)
+    return layers
+
+
 @dataclass(eq=False)
 class Flow:
     """The rows of one sequence on their way through the segments.
 
-    ``number (n,)``: which of the rows that came in are left. ``entered``: image rows that came in; ``asked``: text rows
-    after the last of them. ``attention``, ``keys``: of the layer before, over the rows held and these. ``kept``: what
-    was left before each segment so far.
+    ``number (n,)``: which of the rows that came in are left; ``place (n,)``: of the ``Rows`` that each came in, in the
+    batch. ``entered``: image rows that came in; ``asked``: text rows after the last of them. ``attention``, ``keys``:
+    of the layer before, over the rows held and these. ``kept``: what was left before each segment so far.
     """
 
     sequence: int
@@ -82,6 +95,7 @@ class Flow:
     crop: Ints
     want: NDArray[np.bool_]
     number: Ints
+    place: Ints
     entered: int
     asked: int
     attention: Floats | None = None
@@ -98,10 +112,16 @@ class Flow:
         """The text rows after the image, whichever of its rows are left."""
         return np.arange(len(self.crop) - self.asked, len(self.crop))
 
+    @property
+    def parts(self) -> list[slice]:
+        """Those that came in the same ``Rows``, in order."""
+        cuts = [0, *(np.flatnonzero(np.diff(self.place)) + 1).tolist(), len(self.place)]
+        return [slice(*ends) for ends in pairwise(cuts)] if len(self.place) else []
+
     def keep(self, rows: Ints, held: int) -> None:
         """Let only ``rows`` go on, of those behind the ``held`` ones."""
         self.hidden, self.positions, self.crop = self.hidden[rows], self.positions[..., rows], self.crop[rows]
-        self.want, self.number = self.want[rows], self.number[rows]
+        self.want, self.number, self.place = self.want[rows], self.number[rows], self.place[rows]
         whole = np.concatenate([np.arange(held), held + rows])
         self.attention = None if self.attention is None else self.attention[:, whole]
         self.keys = None if self.keys is None else self.keys[whole]
@@ -111,27 +131,26 @@ def flows_of(batch: Sequence[Rows], *, multi_position: bool) -> list[Flow]:
     """The rows of each sequence, one after another."""
     flows = []
     for sequence in dict.fromkeys(rows.sequence for rows in batch):
-        mine = [rows for rows in batch if rows.sequence == sequence]
+        places = [place for place, rows in enumerate(batch) if rows.sequence == sequence]
+        mine = [batch[place] for place in places]
         positions = [sections(rows) if multi_position else rows.positions for rows in mine]
         crop = np.concatenate([np.full(len(r), -1, np.int64) if r.crop is None else r.crop for r in mine])
         image = np.flatnonzero(crop >= 0)
         flows.append(Flow(
             sequence, np.concatenate([rows.embeddings for rows in mine]), np.concatenate(positions, axis=-1), crop,
-            np.concatenate([wanted(rows) for rows in mine]), np.arange(len(crop)), len(image),
-            len(crop) - 1 - int(image.max(initial=-1)),
+            np.concatenate([wanted(rows) for rows in mine]), np.arange(len(crop)),
+            np.repeat(places, [len(rows) for rows in mine]), len(image), len(crop) - 1 - int(image.max(initial=-1)),
         ))  # fmt: skip
     return flows
 
 
-def split_answers(
-    batch: Sequence[Rows], flows: Sequence[Flow], answers: Sequence[Logits], n_vocab: int
-) -> list[Logits]:
-    """The logits of each flow, for each ``Rows`` of the batch; none of a flow whose rows were all dropped."""
-    rest = dict.fromkeys((flow.sequence for flow in flows), np.zeros((0, n_vocab), np.float32))
-    rest |= zip((flow.sequence for flow in flows if len(flow.number)), answers, strict=True)
-    found = []
-    for rows in batch:
-        whole, count = rest[rows.sequence], int(wanted(rows).sum())
-        found.append(whole[:count])
-        rest[rows.sequence] = whole[count:]
+def in_place(flows: Sequence[Flow], answers: Sequence[Logits], count: int, n_vocab: int) -> list[Logits]:
+    """The ``answers`` to what the flows hold, one after another, as those of the ``count`` ``Rows`` that came in, each
+    in its place; none of those that were all dropped."""
+    found = [np.zeros((0, n_vocab), np.float32)] * count
+    rest = np.concatenate(answers) if len(answers) > 1 else [*answers, *found][0]
+    for flow in flows:
+        for part in flow.parts:
+            wanted_rows = int(np.count_nonzero(flow.want[part]))
+            found[int(flow.place[part.start])], rest = rest[:wanted_rows], rest[wanted_rows:]
     return found

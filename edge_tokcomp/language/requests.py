@@ -10,7 +10,6 @@ import numpy as np
 
 from ..tokens import Rows
 from .continuation import Continuation, FinishReason
-from .decoder import Decoder
 from .sampling import Sampling
 
 AHEAD = 32
@@ -109,22 +108,6 @@ class Run:
             self.ticket, "".join(self.text), tuple(growth.tokens), growth.finish_reason, growth.first_token_s,
             growth.generate_s, layer_share, fault,
         )  # fmt: skip
-
-
-def feed(decoder: Decoder, prompt: Sequence[Rows], *, causal: bool) -> None:
-    """Decode rows of which no logits are needed; without ``causal`` those of each image see one another, which takes a
-    batch of their own."""
-    if causal:
-        if prompt:
-            decoder.decode(prompt)
-        return
-    for rows in prompt:
-        decoder.decode([rows], causal=not of_image(rows))
-
-
-def of_image(rows: Rows) -> bool:
-    """Whether rows of an image are among them."""
-    return rows.crop is not None and bool((rows.crop >= 0).any())
 
 
 def marked(rows: Rows, sequence: int, *, last: bool = False) -> Rows:

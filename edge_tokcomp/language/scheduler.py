@@ -15,10 +15,11 @@ import numpy as np
 
 from ..errors import TokcompError
 from ..tokens import Rows
+from .batches import of_image
 from .continuation import Continuation
 from .decoder import Decoder
 from .model import LanguageModel
-from .requests import Completion, Request, Run, feed, marked, of_image
+from .requests import Completion, Request, Run, marked
 from .segment import Logits
 from .token_embedding import TokenEmbedding, bare_rows
 
@@ -31,7 +32,7 @@ _PREFIX = 0
 class Scheduler:
     """Runs requests on the sequences of ``decoder``: the first is for prefixes, each other for one request at a time.
 
-    ``causal``: whether image rows see only those before them; otherwise each image takes a call of its own.
+    ``causal``: whether image rows see only those before them; otherwise each image comes whole.
     ``chunk``: rows of one call, the decoder's by default. Decoders that drop image rows on the way get each prompt in
     one call. Requests are admitted in the order in which they were submitted, as soon as a sequence is free and the
     context has room for the prompt and some of the text. When it runs full, the request admitted last gives up its rows
@@ -115,7 +116,7 @@ class Scheduler:
             done = self._make_room()
             self._admit()
             if batch := self._batch():
-                done += self._take(batch, self._decoder.decode([rows for _, rows in batch]))
+                done += self._take(batch, self._decoder.decode([rows for _, rows in batch], causal=self._causal))
         except BaseException:
             self.clear()
             raise
@@ -164,7 +165,7 @@ class Scheduler:
             if not shared:
                 self._prefix = None
                 self._decoder.drop(_PREFIX)
-                feed(self._decoder, [marked(rows, _PREFIX) for rows in run.request.prefix], causal=self._causal)
+                self._decoder.decode([marked(rows, _PREFIX) for rows in run.request.prefix], causal=self._causal)
                 self._prefix = run.request.key
             self._waiting.popleft()
             run.sequence = self._free.pop()
@@ -192,12 +193,8 @@ class Scheduler:
                 left -= sum(map(len, rows))
                 continue
             while run.waiting and left > 0:
-                if not self._causal and of_image(run.waiting[0]):
-                    if batch and batch[-1][0] is run:
-                        break  # its rows before the image come first
-                    self._decoder.decode([run.some(len(run.waiting[0]))], causal=False)
-                    continue
-                batch.append((run, run.some(left)))
+                whole = not self._causal and of_image(run.waiting[0])
+                batch.append((run, run.some(len(run.waiting[0]) if whole else left)))
                 left -= len(batch[-1][1])
         return batch
 

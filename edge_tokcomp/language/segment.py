@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import TokcompError, UsageError
 from ..tokens import Rows
 from . import binding
-from .batches import Join, Stand, check_rows, join, parts, wanted
+from .batches import Group, Join, Stand, check_rows, grouped, of_image, parts, wanted
 from .cells import Cells
 from .model import LanguageModel
 from .readout import Readout
@@ -113,7 +113,7 @@ class Segment:
 
     @property
     def n_ubatch(self) -> int:
-        """Rows computed at once: the largest non-causal batch."""
+        """Rows computed at once: the largest image whose rows see one another."""
         return self._context.n_ubatch
 
     @property
@@ -144,9 +144,9 @@ class Segment:
         """Append the rows of ``batch``, which may belong to several sequences; later ``Rows`` see earlier ones.
 
         For each ``Rows`` the logits ``(m, n_vocab) float32`` of the rows it wants, by default its last. Batches above
-        ``n_batch`` take several calls, and so do text and images where the model takes text as tokens. ``causal=False``
-        lets rows of one sequence see one another in both directions (Gemma-3 images); such a batch must fit
-        ``n_ubatch``. ``checked``: the caller vouches for widths, values and positions.
+        ``n_batch`` take several calls, and so do text and images where the model takes text as tokens. Without
+        ``causal`` each ``Rows`` of an image is a call, whose rows see one another. ``checked``: the caller vouches for
+        widths, values and positions.
 
         Raises ``TokcompError`` when the rows do not fit the context or the micro-batch, ``ValueError`` for rows of the
         wrong width, with non-finite values or at positions the model does not allow.
@@ -154,67 +154,37 @@ class Segment:
         _ = self._context.pointer  # a closed context says so before anything else
         if not batch:
             return []
-        whole = self._joined(batch, causal, checked)
-        answers = np.empty((np.count_nonzero(whole.wanted), self._model.n_vocab), np.float32)
-        if self._readout:
-            self._readout.expect(())
-        done = 0
-
-        def take(part: slice) -> None:
-            nonlocal done
-            if self._readout:
-                self._readout.take()  # nothing, or what was raised in its callback
-            for row in whole.wanted[part].nonzero()[0].tolist():
-                self._context.copy_logits(row, answers[done])
-                done += 1
-
-        kinds = self._kinds(whole)
-        calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, kinds, equal_in=self._equal_in))
-        self._run(batch, whole, causal, calls, take)
-        if len(batch) == 1:
-            return [answers]
-        counts = [int(wanted(rows).sum()) for rows in batch]
-        return np.split(answers, np.cumsum(counts)[:-1])
+        groups = self._groups(batch, causal, checked)
+        found: dict[int, Logits] = {}
+        with self._emptied_by_failure(batch):
+            for group in groups:
+                found.update(zip(group.places, self._logits(group), strict=True))
+        return [found[place] for place in range(len(batch))]
 
     def tensors(
-        self, batch: Sequence[Rows], names: Sequence[str], *, causal: bool = True, checked: bool = False
-    ) -> list[Floats]:
+        self, batch: Sequence[Rows], names: Sequence[str], *, causal: bool = True, checked: bool = False,
+        over: bool = False,
+    ) -> list[Floats]:  # fmt: skip
         """As ``logits``, but give tensors of the graph for all rows of the batch, and compute no further than these.
 
         ``names``: ``l_out-N`` gives ``(n, n_embd)``, ``Qcur-N`` and ``Kcur-N`` rotated ``(n, heads, head_dim)``.
+        ``over``: ``l_out`` may be written over the embeddings of the batch, which nobody needs any more.
         """
         _ = self._context.pointer
         if self._readout is None:
             raise ValueError("this context was made without a readout")
-        readout = self._readout
-        whole = self._joined(batch, causal, checked)
-        # The last layer of a graph computes output rows only; its queries and keys come before that.
-        every = np.full(len(whole.wanted), any(name.startswith("l_out") for name in names))
+        groups = self._groups(batch, causal, checked)
+        ends = np.cumsum([len(rows) for rows in batch])
         found: list[Floats] = []
-        # A call is one micro-batch, since the next overwrites what is read. Models with a recurrent state compute
-        # sequences of different lengths in several.
-        ends = np.cumsum([len(rows) for rows in batch]).tolist() if self._model.recurrent else [len(every)]
-        most = min(self.n_ubatch, self.n_batch)
-        calls = [
-            slice(start + part.start, start + part.stop)
-            for start, end in zip([0, *ends], ends, strict=False)
-            for part in parts(every[start:end], most, self._n_outputs, equal_in=self._equal_in)
-        ]
-        readout.expect(names)
-
-        def take(part: slice) -> None:
-            arrays = readout.take()
-            if len(calls) == 1:
-                found.extend(arrays)
-                return
-            if not found:
-                found.extend(np.empty((len(every), *array.shape[1:]), np.float32) for array in arrays)
-            for into, array in zip(found, arrays, strict=True):
-                into[part] = array
-            if part.stop < len(every):
-                readout.expect(names)
-
-        self._run(batch, Join(whole.embeddings, whole.positions, whole.sequences, every), causal, calls, take)
+        with self._emptied_by_failure(batch):
+            for group in groups:
+                arrays = self._tensors(self._readout, group, names, over)
+                if len(groups) == 1:
+                    return arrays
+                found = found or [np.empty((ends[-1], *array.shape[1:]), np.float32) for array in arrays]
+                rows = np.concatenate([np.arange(ends[at] - len(batch[at]), ends[at]) for at in group.places])
+                for into, array in zip(found, arrays, strict=True):
+                    into[rows] = array
         return found
 
     def fork(self, source: int, target: int) -> None:
@@ -268,35 +238,101 @@ class Segment:
         if not 0 <= sequence < self._n_sequences:
             raise ValueError(f"sequence {sequence} is outside 0..{self._n_sequences - 1}; make the decoder with more")
 
-    def check_room(self, count: int, causal: bool = True) -> None:
-        """Raise ``TokcompError`` where ``count`` more rows do not fit the context, or at once if not ``causal``."""
+    def check_room(self, batch: Sequence[Rows], causal: bool = True) -> None:
+        """Raise ``TokcompError`` where ``batch`` does not fit the context, or without ``causal`` one of its images the
+        micro-batch."""
+        count = sum(map(len, batch))
         if count > self.room:
             raise TokcompError(
                 f"{count} rows of image and prompt do not fit: {self.room} of {self.n_ctx} context rows are free; "
                 f"raise n_ctx by {count - self.room} or more, or keep fewer image tokens"
             )
-        if not causal and count > self.n_ubatch:
-            raise TokcompError(
-                f"{count} image rows that see one another must be computed at once, but n_ubatch is {self.n_ubatch}; "
-                f"raise n_ubatch and n_batch to {count} or more, or keep fewer image tokens"
-            )
+        for rows in () if causal else batch:
+            if of_image(rows) and len(rows) > self.n_ubatch:
+                raise TokcompError(
+                    f"{len(rows)} image rows that see one another must be computed at once, but n_ubatch is "
+                    f"{self.n_ubatch}; raise n_ubatch and n_batch to {len(rows)} or more, or keep fewer image tokens"
+                )
+
+    def _logits(self, group: Group) -> list[Logits]:
+        whole, batch = group.whole, group.batch
+        answers = np.empty((np.count_nonzero(whole.wanted), self._model.n_vocab), np.float32)
+        if self._readout:
+            self._readout.expect(())
+        done = 0
+
+        def take(part: slice) -> None:
+            nonlocal done
+            if self._readout:
+                self._readout.take()  # nothing, or what was raised in its callback
+            for row in whole.wanted[part].nonzero()[0].tolist():
+                self._context.copy_logits(row, answers[done])
+                done += 1
+
+        kinds = self._kinds(whole)
+        calls = list(parts(whole.wanted, self.n_batch, self._n_outputs, kinds, equal_in=self._equal_in))
+        self._run(group, whole.wanted, calls, take)
+        if len(batch) == 1:
+            return [answers]
+        counts = [int(wanted(rows).sum()) for rows in batch]
+        return np.split(answers, np.cumsum(counts)[:-1])
+
+    def _tensors(self, readout: Readout, group: Group, names: Sequence[str], over: bool) -> list[Floats]:
+        # The last layer of a graph computes output rows only; its queries and keys come before that.
+        every = np.full(len(group.whole.wanted), any(name.startswith("l_out") for name in names))
+        found: list[Floats] = []
+        # A call is one micro-batch, since the next overwrites what is read. Models with a recurrent state compute
+        # sequences of different lengths in several.
+        changes = np.flatnonzero(np.diff(group.whole.sequences)) + 1 if self._model.recurrent else ()
+        ends = [*changes, len(every)]
+        most = min(self.n_ubatch, self.n_batch)
+        calls = [
+            slice(start + part.start, start + part.stop)
+            for start, end in zip([0, *ends], ends, strict=False)
+            for part in parts(every[start:end], most, self._n_outputs, equal_in=self._equal_in)
+        ]
+        readout.expect(names)
+
+        def take(part: slice) -> None:
+            arrays = readout.take()
+            if len(calls) == 1:
+                found.extend(arrays)
+                return
+            for name, array in zip(names, arrays, strict=True) if not found else ():
+                shape = (len(every), *array.shape[1:])
+                given = group.whole.embeddings
+                fits = over and name.startswith("l_out") and given.shape == shape
+                found.append(given if fits else np.empty(shape, np.float32))
+            for into, array in zip(found, arrays, strict=True):
+                into[part] = array
+            if part.stop < len(every):
+                readout.expect(names)
+
+        self._run(group, every, calls, take)
+        return found
 
     def _stand(self, sequence: int) -> Stand:
         self.check_sequence(sequence)
         return self._cells.last(sequence), self._cells.length(sequence) - 1
 
-    def _joined(self, batch: Sequence[Rows], causal: bool, checked: bool) -> Join:
+    def _groups(self, batch: Sequence[Rows], causal: bool, checked: bool) -> list[Group]:
+        """``batch`` as it is computed, checked whole before any of it is."""
         model = self._model
         if not checked:
             check_rows(
                 batch, self._stand, width=self.row_width, multi_position=model.multi_position,
                 architecture=model.architecture, takes_bare=True,
             )  # fmt: skip
-        whole = join(batch, multi_position=model.multi_position, takes_tokens=model.takes_tokens)
-        self.check_room(len(whole.wanted), causal)
-        if not causal and (asked := np.count_nonzero(whole.wanted)) > self._n_outputs:
-            raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
-        return whole
+        self.check_room(batch, causal)
+        for rows in () if causal else batch:
+            if rows.crop is None or not of_image(rows):
+                continue
+            if (rows.crop < 0).any():
+                raise ValueError(f"text stands among the image rows of sequence {rows.sequence}, which see one another")
+            if (asked := np.count_nonzero(wanted(rows))) > self._n_outputs:
+                raise ValueError(f"{asked} logit rows of a non-causal batch are wanted, {self._n_outputs} can be had")
+
+        return grouped(batch, causal, multi_position=model.multi_position, takes_tokens=model.takes_tokens)
 
     def _kinds(self, whole: Join) -> NDArray[np.int8] | None:
         """What must not share a call, told by different numbers; None where everything may."""
@@ -306,17 +342,23 @@ class Segment:
         return text + 2 * whole.wanted if self._model.logits_of_all_or_none else text
 
     def _run(
-        self, batch: Sequence[Rows], whole: Join, causal: bool, calls: Sequence[slice], take: Callable[[slice], None]
+        self, group: Group, outputs: NDArray[np.bool_], calls: Sequence[slice], take: Callable[[slice], None]
     ) -> None:
+        whole = group.whole
+        with self._both_ways() if group.both_ways else nullcontext():
+            for part in calls:
+                self._context.decode(
+                    whole.inputs(part), whole.positions[..., part], whole.sequences[part], outputs[part]
+                )
+                take(part)
+        for rows in group.batch:
+            self._cells.add(rows.sequence, rows.positions)
+
+    @contextmanager
+    def _emptied_by_failure(self, batch: Sequence[Rows]) -> Iterator[None]:
+        """When a call fails, leave nothing in the sequences of its batch."""
         try:
-            with nullcontext() if causal else self._both_ways():
-                for part in calls:
-                    self._context.decode(
-                        whole.inputs(part), whole.positions[..., part], whole.sequences[part], whole.wanted[part]
-                    )
-                    take(part)
-            for rows in batch:
-                self._cells.add(rows.sequence, rows.positions)
+            yield
         except BaseException:
             for sequence in {rows.sequence for rows in batch}:
                 self._context.remove(sequence)

@@ -26,9 +26,9 @@ from .batches import Stand, check_rows, rows_at_once
 from .decoder import Positions
 from .history import History
 from .model import LanguageModel
-from .pruning import Flow, Pruning, flows_of, schedule, split_answers
+from .pruning import Flow, Pruning, flows_of, in_place, looked_at, schedule
 from .readout import Readout
-from .row_attention import final_norm, head_scale, text_attention
+from .row_attention import final_norm, head_scale, layer_windows, text_attention
 from .segment import Logits, Segment, check_memory, usual_context
 from .segment_files import SegmentFiles, gpu_shares
 
@@ -63,6 +63,7 @@ class SegmentedDecoder:
         self._n_layer = sum(model.n_layer for model in models)
         self._first = (0, *cuts)
         self._models, self._segments = tuple(models), list[Segment]()
+        self._windows = [window for model in models for window in layer_windows(model.header) or [0] * model.n_layer]
         self._n_sequences = int(options.pop("n_sequences", 1))
         bytes_per_row = sum(model.kv_bytes_per_row(options.get("kv_type", "f16")) for model in models)
         check_memory(options.get("n_ctx") or usual_context(self.model), bytes_per_row)
@@ -181,8 +182,9 @@ class SegmentedDecoder:
     def decode(self, batch: Sequence[Rows], *, causal: bool = True) -> list[Logits]:
         """As ``Segment.logits``, with image rows dropped on the way.
 
-        Where ``looks_at_text``, image rows come in one batch with the text after them, after text that came before. No
-        logits can be had of image rows that may be dropped. Raises ``ValueError`` where that does not hold.
+        Which of them stay is decided when all of the batch has passed a segment. Where ``looks_at_text``, they come in
+        one batch with the text after them, after text that came before. No logits can be had of image rows that may be
+        dropped. Raises ``ValueError`` where that does not hold.
         """
         if not batch:
             return []
@@ -191,7 +193,9 @@ class SegmentedDecoder:
             architecture=self.model.architecture, takes_bare=self.takes_bare,
         )  # fmt: skip
         flows = flows_of(batch, multi_position=self.model.multi_position)
-        self._check_flows(flows, causal)
+        if 0 not in self._at:  # with rows dropped before it, the first segment will see for itself
+            self._segments[0].check_room(batch, causal)
+        self._check_flows(flows)
         came = {flow.sequence: (flow.positions, flow.crop >= 0) for flow in flows}
         try:
             for number in range(len(self._segments)):
@@ -210,7 +214,7 @@ class SegmentedDecoder:
             for flow in flows:
                 self.drop(flow.sequence)
             raise
-        return split_answers(batch, flows, answers, self.n_vocab)
+        return in_place(flows, answers, len(batch), self.n_vocab)
 
     def fork(self, source: int, target: int) -> None:
         """Let the empty sequence ``target`` share all that ``source`` holds, in every segment."""
@@ -249,7 +253,7 @@ class SegmentedDecoder:
             segment.clear()
         self._history = [History.empty(len(self._first)) for _ in range(self._n_sequences)]
         # Keys of the text before the image, by layer and sequence: what attention to it is computed from.
-        self._lead_keys: dict[int, dict[int, Floats]] = {layer: {} for layer in self._looked_at()}
+        self._lead_keys: dict[int, dict[int, Floats]] = {layer: {} for layer in looked_at(self._at)}
 
     def close(self) -> None:
         """Free the contexts, and the models that ``open`` loaded; a second call does nothing."""
@@ -269,20 +273,7 @@ class SegmentedDecoder:
     def _stand(self, sequence: int) -> Stand:
         return self._history[self._checked(sequence)].stand
 
-    def _looked_at(self) -> set[int]:
-        """Layers whose keys a step looks at."""
-        layers: set[int] = set()
-        for layer, entries in self._at.items():
-            for step, _ in entries:
-                if step.attention == "next":
-                    layers.add(layer)
-                elif step.attention == "previous" or step.looks_at_keys:
-                    layers.add(layer - 1)
-        return layers
-
-    def _check_flows(self, flows: Sequence[Flow], causal: bool) -> None:
-        if 0 not in self._at:  # with rows dropped before it, the first segment will see for itself
-            self._segments[0].check_room(sum(len(flow.number) for flow in flows), causal)
+    def _check_flows(self, flows: Sequence[Flow]) -> None:
         for flow in flows:
             if not flow.entered or not self._at:
                 continue
@@ -293,8 +284,6 @@ class SegmentedDecoder:
                 )
             if not self.looks_at_text:
                 continue
-            if not causal:
-                raise ValueError("a step looks at the question, which image rows that see one another may not see")
             if not len(flow.question):
                 raise ValueError("a step looks at the question: decode the image in one batch with the text after it")
             history = self._history[flow.sequence]
@@ -332,7 +321,7 @@ class SegmentedDecoder:
         if not flows:
             return []
         segment = self._segments[number]
-        batch = [self._rows(number, flow) for flow in flows]
+        batch = [rows for flow in flows for rows in self._rows(number, flow, causal)]
         if number == len(self._segments) - 1:
             return segment.logits(batch, causal=causal, checked=True)
         last = self._models[number].n_layer - 1
@@ -342,7 +331,7 @@ class SegmentedDecoder:
         looking = [flow for flow in flows if flow.entered or self._is_lead(flow)] if steps else []
         if looking:
             names += [f"Qcur-{last}", f"Kcur-{last}"]
-        tensors = segment.tensors(batch, names, causal=causal, checked=True)
+        tensors = segment.tensors(batch, names, causal=causal, checked=True, over=True)
         ends = np.cumsum([len(flow.number) for flow in flows])[:-1]
         split = [[tensor] for tensor in tensors] if len(flows) == 1 else [np.split(tensor, ends) for tensor in tensors]
         for flow, *parts in zip(flows, *split, strict=True):
@@ -356,13 +345,19 @@ class SegmentedDecoder:
                 self._note_keys(layer, flow.sequence, parts[2])
         return []
 
-    def _rows(self, number: int, flow: Flow) -> Rows:
-        """What a flow feeds a segment."""
-        positions = flow.positions
-        if not self.model.multi_position:
-            start = self._segments[number].length(flow.sequence)
-            positions = np.arange(start, start + len(flow.number), dtype=np.int32)
-        return Rows(flow.hidden, positions, flow.sequence, flow.want)
+    def _rows(self, number: int, flow: Flow, causal: bool) -> list[Rows]:
+        """What a flow feeds a segment: all of it, or without ``causal`` what is left of each ``Rows`` that came in."""
+        at = self._positions(number, flow)
+        return [
+            Rows(flow.hidden[part], at[..., part], flow.sequence, flow.want[part], flow.crop[part])
+            for part in ([slice(None)] if causal else flow.parts)
+        ]
+
+    def _positions(self, number: int, flow: Flow) -> NDArray[np.int32]:
+        if self.model.multi_position:
+            return flow.positions
+        start = self._segments[number].length(flow.sequence)
+        return np.arange(start, start + len(flow.number), dtype=np.int32)
 
     def _is_lead(self, flow: Flow) -> bool:
         """Whether it is text that may come before an image, and not a token that was generated."""
@@ -371,11 +366,15 @@ class SegmentedDecoder:
         return text and (len(flow.number) > 1 or not len(history.time))
 
     def _probe(self, number: int, flow: Flow, names: Sequence[str]) -> list[Floats]:
-        """Queries and keys of a segment's first layer, had the flow gone on as it is; in a sequence of its own."""
-        segment, rows = self._segments[number], self._rows(number, flow)
+        """Queries and keys of a segment's first layer, had the flow gone on as it is; in a sequence of its own.
+
+        A row's come of its hidden state alone, before any row sees another: whom an image's rows see does not matter.
+        """
+        segment = self._segments[number]
+        rows = Rows(flow.hidden, self._positions(number, flow), self._spare)
         segment.fork(flow.sequence, self._spare)
         try:
-            return segment.tensors([Rows(rows.embeddings, rows.positions, self._spare)], names, checked=True)
+            return segment.tensors([rows], names, checked=True)
         finally:
             segment.drop(self._spare)
 
@@ -389,7 +388,8 @@ class SegmentedDecoder:
         rows = flow.question if any(step.looks_from_all for step in looking) else flow.question[-1:]
         lead = self._lead_keys[layer].get(flow.sequence)
         whole = keys if lead is None else np.concatenate([lead, keys])
-        return text_attention(queries[rows], whole, head_scale(self.model.header, keys.shape[2]))
+        scale = head_scale(self.model.header, keys.shape[2])
+        return text_attention(queries[rows], whole, scale, self._windows[layer])
 
     def _note_keys(self, layer: int, sequence: int, keys: Floats) -> None:
         earlier = self._lead_keys[layer].get(sequence, keys[:0])

@@ -121,12 +121,3 @@ def highest(scores: NDArray[np.floating[Any]], count: int) -> Ints:
 def rows_of(amount: float, whole: int) -> int:
     """``amount`` of ``whole`` rows, halves rounded up."""
     return math.floor(amount * whole + 0.5)
-
-
-def check_readable(steps: Sequence[LayerStep], causal: bool) -> None:
-    """Raise ``UsageError`` for steps that read the question together with image tokens which see one another."""
-    if not causal and any(step.attention != "none" or step.looks_at_keys for step in steps):
-        raise UsageError(
-            f"layer steps {spell_steps(steps)}: in this model image tokens see one another, so "
-            "the question cannot be read with them; use spectrum"
-        )

@@ -99,7 +99,8 @@ class InformationMigration(LayerStep):
     """ToDRE stage II: once the text's share of attention to the image falls below the amount, all image rows go.
 
     The share is the attention of the text rows to the image over their attention to everything. The paper's second
-    condition, the image's attention to the text, holds always where the image stands before the text and is causal.
+    condition, the image's attention to the text, holds always where the image stands before the text and sees no row
+    behind its own.
     """
 
     at: tuple[tuple[int | float, float], ...] = ((0.875, 0.1),)
