@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     if options.shape:
+        if options.lm or options.mmproj:
+            parser.error("--shape or --lm and --mmproj, not both")
         options.lm, options.mmproj = cached_pair(BENCH_SHAPES[options.shape])
     arms = [Arm.read(text) for text in options.arms]
     samples: list[list[dict[str, float]]] = [[] for _ in arms]

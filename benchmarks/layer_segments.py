@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,14 @@ class Work:
         count = self.image + self.text
         width = next(iter(decoders.values())).row_width
         values = np.random.default_rng(0).standard_normal((count + self.tokens, width), np.float32)
-        crop = np.full(count, -1)
-        crop[LEAD : LEAD + self.image] = 0
-        prompt = Rows(values[:count], np.arange(count, dtype=np.int32), crop=crop)
+        ends = [0, LEAD, LEAD + self.image, count]
+        prompt = [  # text, image, text, as the pipeline feeds them
+            Rows(
+                values[start:end], np.arange(start, end, dtype=np.int32), crop=np.full(end - start, crop),
+                want_logits=np.arange(start, end) == count - 1,
+            )
+            for (start, end), crop in zip(pairwise(ends), (-1, 0, -1), strict=True)
+        ]  # fmt: skip
         turns = {}
         for arm in in_turn(decoders, number):
             decoders[arm].clear()
@@ -89,7 +94,7 @@ class Work:
         for place in range(count, count + self.tokens):
             row = Rows(values[place : place + 1], np.array([place], np.int32))
             for arm in in_turn(decoders, number + place):
-                turns[arm].tokens.append(timed(decoders[arm], row))
+                turns[arm].tokens.append(timed(decoders[arm], [row]))
         return turns
 
 
@@ -108,12 +113,12 @@ def in_turn(arms: Iterable[str], number: int) -> tuple[str, ...]:
     return orders[number % len(orders)]
 
 
-def timed(decoder: Decoder, rows: Rows) -> dict[str, float]:
+def timed(decoder: Decoder, batch: Sequence[Rows]) -> dict[str, float]:
     """Milliseconds of decoding: ``whole``, by segment and choosing with the ``rest``, and ``outside llama.cpp``."""
     before = dict(decoder.seconds) if isinstance(decoder, SegmentedDecoder) else {}
     with clocked() as computing:
         started = time.perf_counter()
-        decoder.decode([rows])
+        decoder.decode(batch)
         whole = 1000 * (time.perf_counter() - started)
     parts = {name: 1000 * (decoder.seconds[name] - seconds) for name, seconds in before.items()}
     if parts:

@@ -29,7 +29,8 @@ _LARGEST_SIDE = 16384
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure, and print what came of it: 130 where that was interrupted, 1 where a contender failed on the way."""
+    """Measure, and print what came of it: 130 where that was interrupted, 1 where a contender failed on the way or
+    ``--out`` could not be written."""
     plan, out = _plan(options), _out(options)
     lm, mmproj = _files(options)
     setting = Setting(
@@ -37,12 +38,12 @@ def bench(options: argparse.Namespace) -> int:
         options.precision, options.parallel,
     )  # fmt: skip
     document: dict[str, Any] = {}
-    code, reason = 0, ""
+    code, reason, unwritten = 0, "", False
     try:
         with interrupts_to(signal.default_int_handler), closing(run(setting, plan, _tell)) as documents:
             for document in documents:
-                if rounds(document):
-                    _write(out, summary(document))
+                if out and rounds(document) and not _written(out, summary(document)):
+                    out, unwritten = None, True
     except KeyboardInterrupt:
         code, reason = 130, "interrupted"
     except TokcompError as fault:
@@ -56,10 +57,10 @@ def bench(options: argparse.Namespace) -> int:
         document["reason"] = reason
     if done:
         found = summary(document)
+        if code and out:
+            unwritten = not _written(out, found)
         print(f"{table(found)}\n{json.dumps(found)}")  # noqa: T201
-        if code:
-            _write(out, found)
-    return code
+    return code or int(unwritten)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -107,18 +108,19 @@ def _out(options: argparse.Namespace) -> Path | None:
     if options.out is None:
         return None
     path = Path(options.out)
-    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+    if (os.path.exists(path) and not os.path.isfile(path)) or not os.access(path.parent, os.W_OK):
         raise UsageError(f"--out {path}: cannot be written; name a file in a folder that can be")
     return path
 
 
-def _write(out: Path | None, found: dict[str, Any]) -> None:
-    if out is None:
-        return
+def _written(out: Path, found: dict[str, Any]) -> bool:
+    """Write the document; a disk that is full costs the file, not what is measured, and is told."""
     try:
         write_whole(out, lambda stream: stream.write(f"{json.dumps(found)}\n".encode()))
     except OSError as fault:
-        raise UsageError(f"--out {out}: cannot be written ({fault.strerror or fault})") from fault
+        _tell(f"edge-tokcomp: --out {out}: cannot be written ({fault.strerror or fault}); measuring goes on")
+        return False
+    return True
 
 
 def _tell(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,3 +97,11 @@ class Custom(Method):
 
 def answering(answer, **attributes) -> Method:
     return type("Answering", (Custom,), {"answer": staticmethod(answer), **attributes})()
+
+
+def greedily(count: int, k: int, gain: Callable[[int, list[int]], float]) -> list[int]:
+    """``k`` of ``count``, one at a time, each the one of highest gain beside those chosen before."""
+    chosen: list[int] = []
+    while len(chosen) < k:
+        chosen.append(max((i for i in range(count) if i not in chosen), key=lambda i: gain(i, chosen)))
+    return chosen

@@ -162,13 +162,13 @@ def test_rows_that_the_context_does_not_hold_are_said(pair: Pair, home: Path) ->
 
 
 def test_a_contender_that_fails_says_so_in_one_line(pair: Pair, tmp_path: Path, home: Path) -> None:
-    with pytest.raises(TokcompError, match=r"edge-tokcomp: .*nowhere.gguf: cannot be read"):
+    with pytest.raises(TokcompError, match=r"ours: .*nowhere.gguf: cannot be read"):
         Worker(OURS, setting_of(pair, lm=str(tmp_path / "nowhere.gguf")))
     with pytest.raises(TokcompError, match=f"{BASELINE}: "):
         Worker(BASELINE, setting_of(pair, lm=str(tmp_path / "nowhere.gguf")))
     with Worker(OURS, setting_of(pair)) as worker:
         worker._process.kill()
-        with pytest.raises(TokcompError, match=r"edge-tokcomp: its process ended \(exit code -9\)"):
+        with pytest.raises(TokcompError, match=r"ours: its process ended \(exit code -9\)"):
             worker.ask("peak")
 
 
@@ -302,10 +302,22 @@ def test_the_file_is_written_anew_after_every_round(canned: list[str], capsys: p
 def test_a_file_that_cannot_be_written_is_refused_at_once(
     canned: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for bad in (tmp_path, tmp_path / "no" / "o.json"):
+    for bad in (tmp_path, tmp_path / "no" / "o.json", tmp_path / ("x" * 300) / "o.json"):
         assert main([*canned, "--out", str(bad)]) == 2
         assert f"--out {bad}: cannot be written; name a file in a folder that can be" in capsys.readouterr().err
     assert Canned.asked == 0
+
+
+def test_a_file_that_cannot_be_written_any_more_costs_no_sample(
+    canned: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / ("x" * 300)  # no system takes as long a name
+    assert main([*canned, "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert [line for line in printed.err.splitlines() if "cannot be written" in line] == [
+        f"edge-tokcomp: --out {out}: cannot be written (File name too long); measuring goes on"
+    ]
+    assert json.loads(printed.out.splitlines()[-1])["complete"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -322,6 +334,9 @@ def test_an_interrupted_process_stops_its_workers_and_shows_its_rounds(
     )  # fmt: skip
     assert process.stderr is not None
     assert any("round 3 of 1000" in line for line in process.stderr)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [Path("/proc", child) for child in children.read_text().split()] if children.exists() else []
+    assert not children.exists() or workers
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -329,6 +344,7 @@ def test_an_interrupted_process_stops_its_workers_and_shows_its_rounds(
     done = len(found["singles"]["uniform 9"])
     assert 2 <= done < 1000
     assert stderr.splitlines()[-1] == f"edge-tokcomp: interrupted; whole rounds: {done} of 1000"
+    assert not any(worker.exists() for worker in workers)
 
 
 class Here:

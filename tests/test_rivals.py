@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tracemalloc
 
 import numpy as np
@@ -12,9 +11,9 @@ from edge_tokcomp.errors import TokcompError, UsageError
 from edge_tokcomp.methods import get_method, kernels, selection
 from edge_tokcomp.methods.holov import chunk_quotas
 from edge_tokcomp.methods.kernels import stretched, unit_rows
-from edge_tokcomp.methods.selection import Cosines, Cover, coverage, farthest, log_det
+from edge_tokcomp.methods.selection import Cosines, farthest, log_det
 from edge_tokcomp.tokens import Layout, VisionTokens
-from made_up_images import compress, image, question
+from made_up_images import compress, greedily, image, question
 
 
 def cosines(rows: np.ndarray, others: np.ndarray | None = None, centred: bool = False) -> np.ndarray:
@@ -26,13 +25,6 @@ def cosines(rows: np.ndarray, others: np.ndarray | None = None, centred: bool = 
 
 def minmax(values: np.ndarray) -> np.ndarray:
     return (values - values.min()) / (values.max() - values.min())
-
-
-def greedily(count: int, k: int, gain) -> list[int]:
-    chosen: list[int] = []
-    while len(chosen) < k:
-        chosen.append(max((i for i in range(count) if i not in chosen), key=lambda i: gain(i, chosen)))
-    return chosen
 
 
 @pytest.fixture(params=range(3))
@@ -290,56 +282,6 @@ def test_different_questions_keep_different_tokens(tokens):
         assert not np.array_equal(
             compress(name, tokens, 12).keep, get_method(name).compress(tokens, 12, query=other).keep
         ), name
-
-
-def test_coverage_equals_exhaustive_search_up_to_the_greedy_bound():
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        table = rng.random((9, 8)) ** 3
-
-        def covered(columns, table=table):
-            return table[:, list(columns)].max(axis=1).sum()
-
-        best = max(covered(columns) for columns in itertools.combinations(range(8), 3))
-        assert covered(coverage([Cover(table, np.ones(9))], 3)) >= (1 - 1 / np.e) * best
-
-
-@pytest.mark.parametrize("things", [(5,), (70,), (5, 70), (20, 20, 20)])
-@pytest.mark.parametrize("worth", [False, True])
-def test_coverage_of_several_tables_is_that_of_one_below_the_other(things, worth):
-    rng = np.random.default_rng(len(things))
-    tables = [rng.random((count, 30)) ** 4 for count in things]
-    weights = [rng.random(count) for count in things]
-    value = rng.random(30) if worth else None
-
-    def gain(row, chosen):
-        total = 0.0
-        for table, weight in zip(tables, weights, strict=True):
-            covered = np.max([np.zeros(len(table)), *(table[:, c] for c in chosen)], axis=0)
-            total += float(weight @ np.maximum(table[:, row] - covered, 0))
-        return total * (value[row] if worth else 1)
-
-    covers = [Cover(table, weight) for table, weight in zip(tables, weights, strict=True)]
-    assert coverage(covers, 12, value).tolist() == greedily(30, 12, gain)
-
-
-@pytest.mark.parametrize("count", [40, 90])
-def test_coverage_of_a_symmetric_table_reads_rows_for_columns(count):
-    table = np.random.default_rng(count).random((count, count)) ** 6
-    table = (table + table.T) / 2
-    weight = np.random.default_rng(0).random(count)
-    plain, symmetric = (coverage([Cover(table, weight, flag)], 30) for flag in (False, True))
-    assert plain.tolist() == symmetric.tolist()
-
-
-def test_mmtok_covers_rows_of_zeros_by_whatever_it_chooses():
-    tokens = image(Layout.of_grids((5, 6)), 0)
-    features = tokens.features.copy()
-    features[[3, 17]] = 0
-    dark = VisionTokens(features, tokens.layout)
-    for temperature in (0.2, 0.001):  # at the second a row's powers underflow
-        plan = compress(f"mmtok:image_temperature={temperature}", dark, 10)
-        assert len(plan.keep) == 10
 
 
 def test_log_det_puts_rows_that_add_no_volume_last_in_raster_order():

@@ -17,7 +17,7 @@ from .contenders import BASELINE, Setting
 from .pictures import picture
 from .process import Worker
 
-OURS = "edge-tokcomp"
+OURS = "ours"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ fills the square up with black, the processor stretches. Both ways the processor
 
 **Pan and scan**, further crops of long pictures, is off by default in the processor, and is not done here.
 
-**Attention.** Rows of one picture see one another, in a batch of their own, so layer steps that drop them by what the
-question attends to cannot read the question along with them, and are refused.
+**Attention.** Rows of one picture see one another, in a call of their own.
 """
 
 from __future__ import annotations

@@ -148,9 +148,11 @@ def in_place(flows: Sequence[Flow], answers: Sequence[Logits], count: int, n_voc
     """The ``answers`` to what the flows hold, one after another, as those of the ``count`` ``Rows`` that came in, each
     in its place; none of those that were all dropped."""
     found = [np.zeros((0, n_vocab), np.float32)] * count
-    rest = np.concatenate(answers) if len(answers) > 1 else [*answers, *found][0]
+    rest, coming = found[0], iter(answers)
     for flow in flows:
         for part in flow.parts:
-            wanted_rows = int(np.count_nonzero(flow.want[part]))
-            found[int(flow.place[part.start])], rest = rest[:wanted_rows], rest[wanted_rows:]
+            asked = int(np.count_nonzero(flow.want[part]))
+            while len(rest) < asked:
+                rest = next(coming)
+            found[int(flow.place[part.start])], rest = rest[:asked], rest[asked:]
     return found

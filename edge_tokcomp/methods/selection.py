@@ -24,8 +24,8 @@ from .kernels import blocks, gram, held_between, settle, to_numpy
 
 _GRAM_ROWS = 4096
 _ROWS_PER_STEP = 8
-_FEW = 64
-"""Things up to which all are worked on, which is less than to look for those that change."""
+_SMALL = 2**15
+"""Values of a table up to which all are worked on, which is less than to look for those that change."""
 _SPENT = 2.0**-30
 """Volume, of at most 1, below which a row counts as a combination of those taken."""
 
@@ -154,7 +154,7 @@ def _losses(xp: Any, cover: Cover, state: Array, chosen: Array) -> Iterator[Arra
     # A row lies together in memory, a column does not.
     line = xp.take(cover.table, chosen, axis=0)[0, :] if cover.symmetric else xp.take(cover.table, chosen, axis=1)[:, 0]
     after = xp.maximum(state[0, :], line)
-    if after.shape[0] <= _FEW:
+    if after.shape[0] * cover.table.shape[1] <= _SMALL:
         reach = held_between(xp.asarray(cover.table, copy=True), state[0, :, None], after[:, None])
         yield state[1, :] @ reach - state[1, :] @ state[0, :]
     else:
